@@ -1,0 +1,51 @@
+"""Softmax for NumPy arrays: the fastest and most accurate one on a CPU, with nothing but C inside.
+
+A map of the house. The public names below come from ``_core``, the only Cython, which checks the
+arguments, makes a plan and calls the C library in ``src_c``; all arithmetic is there, compiled once
+for each instruction set (ISA) and chosen when the package is imported. ``reference`` has the same
+functions in a few lines of NumPy each: read it to know what a function means, use it to test one.
+``__main__`` is the command line (``fastsoftmax demo | info | selftest | bench``), ``bench`` the
+measurements behind the last of these.
+"""
+
+__version__ = "0.1.0.dev0"
+
+try:
+    from ._core import (
+        available_isas,
+        get_num_threads,
+        isa,
+        log_softmax,
+        log_softmax_backward,
+        logsumexp,
+        num_threads,
+        set_num_threads,
+        show_config,
+        softmax,
+        softmax_backward,
+        softmin,
+    )
+except ModuleNotFoundError as error:
+    if error.name != f"{__name__}._core":
+        raise
+    raise ImportError(
+        f"the compiled core of fastsoftmax is missing from {__path__[0]}. If this is the source "
+        "tree, build it with `python -m pip install -e .`; if you meant an installed fastsoftmax, "
+        "start Python from another folder."
+    ) from None
+
+__all__ = [
+    "__version__",
+    "available_isas",
+    "get_num_threads",
+    "isa",
+    "log_softmax",
+    "log_softmax_backward",
+    "logsumexp",
+    "num_threads",
+    "set_num_threads",
+    "show_config",
+    "softmax",
+    "softmax_backward",
+    "softmin",
+]

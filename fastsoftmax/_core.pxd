@@ -1,0 +1,60 @@
+# The C API, src_c/fastsoftmax.h, as Cython sees it.
+from libc.stddef cimport ptrdiff_t
+
+
+cdef extern from "fastsoftmax.h" nogil:
+    enum:
+        FSM_MAX_NDIM
+
+    ctypedef enum fsm_dtype:
+        FSM_F16, FSM_BF16, FSM_F32, FSM_F64
+        FSM_I8, FSM_I16, FSM_I32, FSM_I64
+        FSM_U8, FSM_U16, FSM_U32, FSM_U64
+
+    ctypedef enum fsm_op:
+        FSM_SOFTMAX, FSM_LOG_SOFTMAX, FSM_LOGSUMEXP, FSM_LOGSUMEXP_WEIGHTED
+        FSM_SOFTMAX_BACKWARD, FSM_LOG_SOFTMAX_BACKWARD
+
+    ctypedef enum fsm_status:
+        FSM_DONE, FSM_AGAIN, FSM_NOMEM
+
+    ctypedef enum fsm_operand:
+        FSM_X, FSM_Y, FSM_BIAS, FSM_WHERE, FSM_SCALE, FSM_OUT, FSM_SIGN, FSM_OPERAND_COUNT
+
+    ctypedef struct fsm_isa:
+        pass
+
+    ctypedef struct fsm_plan:
+        pass
+
+    ctypedef struct fsm_array:
+        char *data
+        fsm_dtype dtype
+        ptrdiff_t *strides
+
+    ctypedef struct fsm_problem:
+        fsm_op op
+        fsm_dtype compute
+        int ndim
+        int threads
+        const fsm_isa *isa
+        ptrdiff_t *shape
+        unsigned char *reduced
+        fsm_array *operand
+
+    fsm_status fsm_plan_new(fsm_plan **plan, const fsm_problem *problem)
+    fsm_status fsm_plan_run(fsm_plan *plan)
+    void fsm_plan_free(fsm_plan *plan)
+
+    void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void *x, void *out,
+                           ptrdiff_t rows, ptrdiff_t n)
+    int fsm_is_small(ptrdiff_t elements)
+
+    const fsm_isa *fsm_isa_at(int i)
+    const char *fsm_isa_name(const fsm_isa *isa)
+    void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x, ptrdiff_t n)
+    void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n)
+
+    int fsm_usable_cpus()
+    int fsm_has_openmp()
+    int fsm_openmp_limit()

@@ -1,0 +1,903 @@
+"""The binding: check arguments -> describe the problem -> allocate -> call C -> raise. No arithmetic on data.
+
+The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand to C (fastsoftmax.h) is a set of
+arrays with strides, all of the shape of x, and the exact types in which to compute and to store.
+"""
+
+import os
+import sys
+from contextvars import ContextVar
+from operator import index
+
+import numpy as np
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from numpy cimport (
+    NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16, PyArray_CheckExact, PyArray_DATA, PyArray_DIMS, PyArray_EMPTY, PyArray_ISCARRAY,
+    PyArray_ISCARRAY_RO, PyArray_NDIM, PyArray_SIZE, PyArray_TYPE, ndarray, npy_intp,
+)
+
+cnp.import_array()
+
+cdef const fsm_isa *_active = NULL  # every call runs on this one
+
+
+# ---- dtypes ----
+
+_INTEGERS = {("i", 1): FSM_I8, ("i", 2): FSM_I16, ("i", 4): FSM_I32, ("i", 8): FSM_I64,
+             ("u", 1): FSM_U8, ("u", 2): FSM_U16, ("u", 4): FSM_U32, ("u", 8): FSM_U64}
+_FLOATS = "float16, bfloat16, float32 or float64"
+
+
+cdef int _code(dtype) except -2:
+    """The fsm_dtype, -1 if C does not know the type."""
+    cdef int num = dtype.num
+    if num == NPY_FLOAT:
+        return FSM_F32
+    if num == NPY_DOUBLE:
+        return FSM_F64
+    if num == NPY_FLOAT16:
+        return FSM_F16
+    if dtype.kind == "b":
+        return FSM_U8
+    if dtype.kind in "iu":
+        return _INTEGERS[dtype.kind, dtype.itemsize]
+    if dtype.name == "bfloat16" and dtype.itemsize == 2:
+        return FSM_BF16
+    return -1
+
+
+cdef int _float_code(dtype, name) except -2:
+    cdef int code = _code(dtype)
+    if not 0 <= code <= FSM_F64:
+        raise TypeError(f"{name} must be {_FLOATS}, got {dtype}")
+    return code
+
+
+cdef ndarray _as_array(value, name):
+    """An ndarray of native byte order, of a type that C knows."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a MaskedArray; pass its data, and where=~mask to leave entries out")
+    array = np.asarray(value)
+    if _code(array.dtype) < 0:
+        raise TypeError(f"{name} has dtype {array.dtype}; supported are float16, bfloat16, float32, float64, integers and bool")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
+cdef ndarray _as_floats(value, name, compute, why_not_bool=""):
+    """The same for a second input: integers become the compute type."""
+    array = _as_array(value, name)
+    if array.dtype.kind == "b":
+        raise TypeError(f"{name} must be real numbers, got bool{why_not_bool}")
+    if array.dtype.kind in "iu":
+        array = array.astype(compute)
+    return array
+
+
+cdef _broadcast(array, shape, name):
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to the shape of x, {shape}") from None
+
+
+# ---- the parts of a call ----
+
+cdef int _mark_axes(fsm_problem *problem, axis, int ndim) except -1:
+    """Sets problem.reduced from axis: an integer, a tuple of them, or None for all."""
+    cdef int d
+    for d in range(ndim):
+        problem.reduced[d] = axis is None
+    if axis is None:
+        return 0
+    for one in axis if isinstance(axis, tuple) else (axis,):
+        try:
+            one = index(one)
+        except TypeError:
+            raise TypeError(f"axis must be an integer, a tuple of integers or None, got {axis!r}") from None
+        if ndim == 0 and one in (0, -1):  # as NumPy's reductions: a scalar is a row of one
+            continue
+        if not -ndim <= one < ndim:
+            raise np.exceptions.AxisError(one, ndim)
+        d = one + ndim if one < 0 else one
+        if problem.reduced[d]:
+            raise ValueError(f"axis has a duplicate: {axis!r} for an array of {ndim} dimensions")
+        problem.reduced[d] = 1
+    return 0
+
+
+cdef _result_dtype(natural, dtype, out):
+    """The dtype of the result: that of out, else `dtype`, else the natural one."""
+    if out is not None:
+        if isinstance(out, np.ma.MaskedArray) or not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
+        _float_code(out.dtype, "the dtype of out")
+        if not out.dtype.isnative:
+            raise TypeError(f"out must have native byte order, got {out.dtype!r}")
+    if dtype is not None:
+        try:
+            dtype = np.dtype(dtype)
+        except TypeError:
+            raise TypeError(f"dtype must be {_FLOATS}, got {dtype!r}") from None
+        _float_code(dtype, "dtype")
+        if out is not None and out.dtype != dtype:
+            raise TypeError(f"dtype and out differ: dtype={dtype}, out has {out.dtype}")
+        return dtype.newbyteorder("=")
+    if out is not None:
+        return out.dtype
+    return natural if 0 <= _code(natural) <= FSM_F64 else np.dtype(np.float64)
+
+
+cdef _compute_dtype(first, second, result):
+    """float64 if one of the types is, or is an integer; else float32."""
+    for dtype in (first, second, result):
+        if dtype is not None and not FSM_F16 <= _code(dtype) <= FSM_F32:
+            return np.dtype(np.float64)
+    return np.dtype(np.float32)
+
+
+cdef _check_out(out, shape):
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, the result has {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; it must be writeable")
+    if out.size > 1 and 0 in [stride for stride, size in zip(out.strides, out.shape) if size > 1] or np.lib.array_utils \
+            .byte_bounds(out)[1] - np.lib.array_utils.byte_bounds(out)[0] < out.size * out.itemsize:
+        raise ValueError("out has elements that share memory with each other")
+
+
+cdef _apart(array, out, bint in_place_ok):
+    """array, or a copy of it if writing to out could change it before it is read. Element by element in place needs none."""
+    if array is None or out is None or not np.may_share_memory(array, out):
+        return array
+    if in_place_ok and array.ctypes.data == out.ctypes.data and array.strides == out.strides and array.shape == out.shape \
+            and array.dtype == out.dtype:
+        return array
+    return array.copy()
+
+
+cdef _reciprocal(temperature, shape, compute, fsm_problem *problem, bint negate):
+    """+-1/temperature in the compute type, as an array that broadcasts; None if it is 1."""
+    cdef int d, offset
+    if temperature is None:
+        return np.asarray(-1, compute) if negate else None
+    t = _as_floats(temperature, "temperature", np.float64)
+    offset = len(shape) - t.ndim
+    for d in range(max(offset, 0), len(shape)):
+        if problem.reduced[d] and t.shape[d - offset] != 1:
+            raise ValueError(f"temperature must have length 1 along axis, got shape {t.shape} for x of shape {shape}")
+    t = t.astype(np.float64)
+    with np.errstate(all="ignore"):
+        r = (1 / t).astype(compute)
+    bad = ~(np.isfinite(t) & (t > 0) & np.isfinite(r) & (r > 0))
+    if bad.any():
+        raise ValueError(f"temperature must be finite and > 0, and its reciprocal too, got {float(t[bad].flat[0])}")
+    r = np.asarray(-r if negate else r, compute)
+    return _broadcast(r, shape, "temperature")
+
+
+cdef void _describe(fsm_problem *problem, fsm_operand which, array) noexcept:
+    """Enters an array of the problem's shape; None means that it is absent."""
+    cdef ndarray a
+    cdef int d
+    problem.operand[<int>which].data = NULL
+    if array is None:
+        return
+    a = array
+    problem.operand[<int>which].data = <char *>PyArray_DATA(a)
+    problem.operand[<int>which].dtype = <fsm_dtype><int>_code(a.dtype)
+    for d in range(a.ndim):
+        problem.operand[<int>which].strides[d] = a.strides[d]
+
+
+cdef void _describe_reduced(fsm_problem *problem, fsm_operand which, array, bint keepdims) noexcept:
+    """Enters the result of a reduction: stride 0 along the axis."""
+    cdef ndarray a
+    cdef int d, kept = 0
+    problem.operand[<int>which].data = NULL
+    if array is None:
+        return
+    a = array
+    problem.operand[<int>which].data = <char *>PyArray_DATA(a)
+    problem.operand[<int>which].dtype = <fsm_dtype><int>_code(a.dtype)
+    for d in range(problem.ndim):
+        problem.operand[<int>which].strides[d] = 0 if problem.reduced[d] else a.strides[kept]
+        kept += keepdims or not problem.reduced[d]
+
+
+cdef int _run(fsm_problem *problem) except -1:
+    """Does the work, without the GIL, in slices of some milliseconds with a look at the signals after each."""
+    cdef fsm_plan *plan
+    cdef fsm_status status
+    problem.isa = _active
+    problem.threads = get_num_threads()
+    status = fsm_plan_new(&plan, problem)
+    if status == FSM_NOMEM:
+        raise MemoryError("fastsoftmax: no memory for scratch")
+    try:
+        while status == FSM_AGAIN:
+            with nogil:
+                status = fsm_plan_run(plan)
+            PyErr_CheckSignals()
+    finally:
+        fsm_plan_free(plan)
+    return 0
+
+
+# ---- the functions ----
+
+cdef ndarray _small(x, axis, out, int log):
+    """softmax of a small contiguous array along its last axis, nothing fused: None if it is not that. The checks are C, the cost that of a call."""
+    cdef ndarray a, y
+    cdef int kind
+    cdef npy_intp n
+    if not PyArray_CheckExact(x):
+        return None
+    a = x
+    kind = PyArray_TYPE(a)
+    if not (kind == NPY_FLOAT or kind == NPY_DOUBLE or kind == NPY_FLOAT16) or PyArray_NDIM(a) == 0 or not PyArray_ISCARRAY_RO(a):
+        return None
+    if type(axis) is not int or (axis != -1 and axis != PyArray_NDIM(a) - 1):
+        return None
+    if PyArray_SIZE(a) == 0 or not fsm_is_small(PyArray_SIZE(a)):
+        return None
+    if out is None:
+        y = PyArray_EMPTY(PyArray_NDIM(a), PyArray_DIMS(a), kind, 0)
+    elif out is x:
+        if not PyArray_ISCARRAY(a):
+            return None
+        y = a
+    else:
+        return None
+    n = PyArray_DIMS(a)[PyArray_NDIM(a) - 1]
+    fsm_softmax_small(_active, FSM_F32 if kind == NPY_FLOAT else FSM_F64 if kind == NPY_DOUBLE else FSM_F16, log,
+                      PyArray_DATA(a), PyArray_DATA(y), PyArray_SIZE(a) // n, n)
+    return y
+
+
+cdef _softmax(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
+    cdef fsm_problem problem
+    cdef int d
+    cdef ndarray a = _as_array(x, "x")
+    shape = np.shape(a)
+    problem.op = op
+    problem.ndim = a.ndim
+    for d in range(a.ndim):
+        problem.shape[d] = a.shape[d]
+    _mark_axes(&problem, axis, a.ndim)
+    result = _result_dtype(a.dtype, dtype, out)
+    compute = _compute_dtype(a.dtype, None, result)
+    problem.compute = <fsm_dtype><int>_code(compute)
+    if bias is not None:
+        bias = _broadcast(_as_floats(bias, "bias", compute, "; a mask goes into where="), shape, "bias")
+    if where is not None:
+        where = _as_array(where, "where")
+        if where.dtype.kind != "b":
+            raise TypeError(f"where must have dtype bool, got {where.dtype}")
+        where = _broadcast(where, shape, "where")
+    scale = _reciprocal(temperature, shape, compute, &problem, negate)
+    if scale is not None:
+        scale = np.broadcast_to(scale, shape)
+    if out is None:
+        y = np.empty_like(a, result, subok=False)
+    else:
+        y = out
+        _check_out(out, shape)
+        a = _apart(a, out, True)
+        bias = _apart(bias, out, False)
+        where = _apart(where, out, False)
+    _describe(&problem, FSM_X, a)
+    _describe(&problem, FSM_Y, None)
+    _describe(&problem, FSM_BIAS, bias)
+    _describe(&problem, FSM_WHERE, where)
+    _describe(&problem, FSM_SCALE, scale)
+    _describe(&problem, FSM_OUT, y)
+    _describe(&problem, FSM_SIGN, None)
+    _run(&problem)
+    return y if out is not None or y.ndim else y[()]
+
+
+def softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=None, out=None):
+    """Softmax along an axis: ``exp(z) / sum(exp(z))`` with ``z = x / temperature + bias``.
+
+    Stable for any finite input, computed in float32 (float64 for float64 and integer input) whatever the type of x, and rounded
+    once to the type of the result. The bits of a row's result depend on the row's values alone: not on the axis, strides, threads, batch
+    or instruction set.
+
+    Parameters
+    ----------
+    x : array_like
+        Logits: float16, bfloat16 (of ml_dtypes), float32 or float64; integers and bool are taken as float64.
+    axis : int, tuple of ints or None, default -1
+        The axis or axes along which the result sums to 1; None means all.
+    bias : array_like, optional
+        Real numbers added to the scaled logits; broadcasts to the shape of x. An entry whose bias is -inf takes no part.
+    where : array_like of bool, optional
+        Broadcasts to the shape of x. An entry where it is False takes no part.
+    temperature : float or array_like, optional
+        Divides the logits; finite and > 0. An array broadcasts to the shape of x, with length 1 along axis.
+    dtype : dtype, optional
+        Type of the result, one of the four floating types. Default: that of x. The calculation takes the wider of the two types.
+    out : ndarray, optional
+        Where to put the result; of the shape of x and a floating type. It may be x itself.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        Of the shape of x; a scalar if x has no dimensions. Entries that take no part are exactly 0, whatever x holds there, and
+        so is exp(-inf). A row of which nothing takes part is all zeros. A row whose entries that take part are all -inf, or have
+        a NaN or +inf among them, is NaN there.
+
+    Raises
+    ------
+    TypeError
+        For a dtype that is not supported, a masked array, where not bool, bias bool, dtype and out that differ.
+    ValueError
+        For shapes that do not fit, a temperature that is not finite and > 0, out read-only or overlapping itself.
+    numpy.exceptions.AxisError
+        For an axis that x does not have.
+
+    See Also
+    --------
+    log_softmax, logsumexp, softmin, softmax_backward
+
+    Notes
+    -----
+    Largest error: 2 ulp of the exact softmax of z on common distributions and 3 on any row for float32 and float64, 0.51 ulp
+    for float16 and bfloat16. z is rounded once to the type of the calculation, as by a fused multiply-add.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastsoftmax import softmax
+    >>> softmax(np.array([1.0, 2.0, 3.0])).round(4)
+    array([0.09  , 0.2447, 0.6652])
+    >>> softmax(np.array([1.0, 2.0, 3.0]), temperature=2).round(3)
+    array([0.186, 0.307, 0.506])
+    >>> softmax(np.array([[2.0, 5.0, 1.0]]), where=np.array([True, False, True])).round(3)
+    array([[0.731, 0.   , 0.269]])
+    """
+    cdef ndarray y
+    if bias is None and where is None and temperature is None and dtype is None:
+        y = _small(x, axis, out, 0)
+        if y is not None:
+            return y
+    return _softmax(FSM_SOFTMAX, x, axis, bias, where, temperature, dtype, out, False)
+
+
+def log_softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=None, out=None):
+    """Logarithm of softmax along an axis: ``z - log(sum(exp(z)))`` with ``z = x / temperature + bias``.
+
+    More accurate than the logarithm of :func:`softmax`, and finite where that would be ``log(0)``.
+
+    Parameters
+    ----------
+    x, axis, bias, where, temperature, dtype, out
+        As for :func:`softmax`.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        Of the shape of x. Entries that take no part are -inf, and so is a row of which nothing takes part. NaN rows are those of
+        :func:`softmax`.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As for :func:`softmax`.
+
+    Notes
+    -----
+    Largest error: 2 ulp of max(1, max|z|, |result|); for the dominating entry of a float32 row, where the result is close to 0,
+    4 ulp of the result itself plus n * 2**-45.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastsoftmax import log_softmax
+    >>> log_softmax(np.array([1.0, 2.0, 3.0])).round(4)
+    array([-2.4076, -1.4076, -0.4076])
+    """
+    cdef ndarray y
+    if bias is None and where is None and temperature is None and dtype is None:
+        y = _small(x, axis, out, 1)
+        if y is not None:
+            return y
+    return _softmax(FSM_LOG_SOFTMAX, x, axis, bias, where, temperature, dtype, out, False)
+
+
+def softmin(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=None, out=None):
+    """Softmin along an axis: the softmax of ``-x / temperature + bias``.
+
+    Parameters
+    ----------
+    x, axis, bias, where, temperature, dtype, out
+        As for :func:`softmax`.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        As for :func:`softmax`.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As for :func:`softmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastsoftmax import softmin
+    >>> softmin(np.array([1.0, 2.0, 3.0])).round(4)
+    array([0.6652, 0.2447, 0.09  ])
+    """
+    return _softmax(FSM_SOFTMAX, x, axis, bias, where, temperature, dtype, out, True)
+
+
+def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None, out=None, return_sign=False):
+    """Logarithm of a sum of exponentials along an axis: ``log(sum(b * exp(x)))``.
+
+    Parameters
+    ----------
+    x : array_like
+        As for :func:`softmax`.
+    axis : int, tuple of ints or None, default None
+        The axis or axes to sum over; None means all.
+    b : array_like, optional
+        Weights of either sign; real numbers that broadcast to the shape of x. An entry whose weight is 0 takes no part.
+    where : array_like of bool, optional
+        Broadcasts to the shape of x. An entry where it is False takes no part.
+    keepdims : bool, default False
+        Leave the reduced axes in the result, with length 1.
+    dtype, out
+        As for :func:`softmax`; out has the shape of the result.
+    return_sign : bool, default False
+        Return the pair (log|sum|, sign).
+
+    Returns
+    -------
+    ndarray or NumPy scalar, or a tuple of two
+        The logarithm: -inf for an empty sum, NaN for a negative one unless return_sign. With return_sign also the sign: 1, -1, 0
+        for a sum of 0, NaN for NaN, in the dtype of the result.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As for :func:`softmax`.
+
+    Notes
+    -----
+    Largest error without b: 2 ulp of max(1, max|x|, |result|).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastsoftmax import logsumexp
+    >>> float(logsumexp(np.array([1000.0, 1000.0])).round(4))
+    1000.6931
+    >>> value, sign = logsumexp(np.array([1.0, 2.0]), b=np.array([1.0, -1.0]), return_sign=True)
+    >>> float(value.round(4)), float(sign)
+    (1.5413, -1.0)
+    """
+    cdef fsm_problem problem
+    cdef int d
+    cdef bint keep = bool(keepdims), signed = bool(return_sign)
+    cdef ndarray a = _as_array(x, "x")
+    shape = np.shape(a)
+    problem.op = FSM_LOGSUMEXP if b is None else FSM_LOGSUMEXP_WEIGHTED
+    problem.ndim = a.ndim
+    for d in range(a.ndim):
+        problem.shape[d] = a.shape[d]
+    _mark_axes(&problem, axis, a.ndim)
+    result = _result_dtype(a.dtype, dtype, out)
+    compute = _compute_dtype(a.dtype, None, result)
+    problem.compute = <fsm_dtype><int>_code(compute)
+    if b is not None:
+        b = _broadcast(_as_floats(b, "b", compute, "; a mask goes into where="), shape, "b")
+    if where is not None:
+        where = _as_array(where, "where")
+        if where.dtype.kind != "b":
+            raise TypeError(f"where must have dtype bool, got {where.dtype}")
+        where = _broadcast(where, shape, "where")
+    reduced = tuple([1 if problem.reduced[d] else shape[d] for d in range(a.ndim) if keep or not problem.reduced[d]])
+    if out is None:
+        y = np.empty(reduced, result)
+    else:
+        y = out
+        _check_out(out, reduced)
+        a, b, where = _apart(a, out, False), _apart(b, out, False), _apart(where, out, False)
+    sign = np.empty(reduced, result) if signed else None
+    if a.size == 0:
+        y.fill(-np.inf)
+        if signed:
+            sign.fill(0)
+    else:
+        _describe(&problem, FSM_X, a)
+        _describe(&problem, FSM_Y, b)
+        _describe(&problem, FSM_BIAS, None)
+        _describe(&problem, FSM_WHERE, where)
+        _describe(&problem, FSM_SCALE, None)
+        _describe_reduced(&problem, FSM_OUT, y, keep)
+        _describe_reduced(&problem, FSM_SIGN, sign if b is not None else None, keep)
+        _run(&problem)
+        if signed and b is None:  # a sum of exponentials: 1, 0 if it is empty
+            np.sign(np.exp(np.minimum(y, 1).astype(compute)), out=sign, casting="same_kind")
+    if out is None and y.ndim == 0:
+        y = y[()]
+    if signed:
+        return y, sign if sign.ndim else sign[()]
+    return y
+
+
+cdef _backward(fsm_op op, grad, y, axis, temperature, out):
+    cdef fsm_problem problem
+    cdef int d
+    cdef ndarray g = _as_array(grad, "grad"), v = _as_array(y, "y")
+    shape = np.shape(g)
+    if shape != np.shape(v):
+        raise ValueError(f"grad and y must have one shape, got {shape} and {np.shape(v)}")
+    problem.op = op
+    problem.ndim = g.ndim
+    for d in range(g.ndim):
+        problem.shape[d] = g.shape[d]
+    _mark_axes(&problem, axis, g.ndim)
+    natural = g.dtype
+    if v.dtype != natural:  # no promotion of NumPy's relates float16 and bfloat16
+        natural = _compute_dtype(g.dtype, v.dtype, None)
+    result = _result_dtype(natural, None, out)
+    compute = _compute_dtype(g.dtype, v.dtype, result)
+    problem.compute = <fsm_dtype><int>_code(compute)
+    scale = _reciprocal(temperature, shape, compute, &problem, False)
+    if out is None:
+        dx = np.empty_like(g, result, subok=False)
+    else:
+        dx = out
+        _check_out(out, shape)
+        g, v = _apart(g, out, True), _apart(v, out, True)
+    _describe(&problem, FSM_X, g)
+    _describe(&problem, FSM_Y, v)
+    _describe(&problem, FSM_BIAS, None)
+    _describe(&problem, FSM_WHERE, None)
+    _describe(&problem, FSM_SCALE, scale)
+    _describe(&problem, FSM_OUT, dx)
+    _describe(&problem, FSM_SIGN, None)
+    _run(&problem)
+    return dx if out is not None or dx.ndim else dx[()]
+
+
+def softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
+    """Gradient of softmax from its output: ``y * (grad - sum(grad * y)) / temperature``.
+
+    Parameters
+    ----------
+    grad : array_like
+        Gradient with respect to the output y.
+    y : array_like
+        Output of :func:`softmax`, of the shape of grad.
+    axis : int, tuple of ints or None, default -1
+        As in the forward call.
+    temperature : float or array_like, optional
+        As in the forward call.
+    out : ndarray, optional
+        Where to put the result; it may be grad or y.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        Gradient with respect to the logits; its dtype is the promotion of those of grad and y. An entry where y is 0 took no part:
+        its gradient is 0, and its grad is not summed, whatever it is.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As for :func:`softmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastsoftmax import softmax, softmax_backward
+    >>> y = softmax(np.array([1.0, 2.0, 3.0]))
+    >>> softmax_backward(np.array([1.0, 0.0, 0.0]), y).round(4)
+    array([ 0.0819, -0.022 , -0.0599])
+    """
+    return _backward(FSM_SOFTMAX_BACKWARD, grad, y, axis, temperature, out)
+
+
+def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
+    """Gradient of log_softmax from its output: ``(grad - exp(y) * sum(grad)) / temperature``.
+
+    Parameters
+    ----------
+    grad : array_like
+        Gradient with respect to the output y.
+    y : array_like
+        Output of :func:`log_softmax`, of the shape of grad.
+    axis, temperature, out
+        As for :func:`softmax_backward`.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        Gradient with respect to the logits; its dtype is the promotion of those of grad and y. An entry where y is -inf took no
+        part: its gradient is 0, and its grad is not summed, whatever it is.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        As for :func:`softmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastsoftmax import log_softmax, log_softmax_backward
+    >>> y = log_softmax(np.array([1.0, 2.0, 3.0]))
+    >>> log_softmax_backward(np.array([1.0, 0.0, 0.0]), y).round(4)
+    array([ 0.91  , -0.2447, -0.6652])
+    """
+    return _backward(FSM_LOG_SOFTMAX_BACKWARD, grad, y, axis, temperature, out)
+
+
+# ---- threads ----
+
+_MOST_THREADS = 1024
+_scope = ContextVar("fastsoftmax.num_threads", default=0)
+cdef int _process_threads = 0  # by set_num_threads or the environment; 0: what the machine has
+cdef int _usable_cpus = 0      # looked up when it is first needed
+
+
+cdef int _checked_threads(n) except -1:
+    if isinstance(n, bool):
+        raise TypeError("n must be an integer, got bool")
+    try:
+        n = index(n)
+    except TypeError:
+        raise TypeError(f"n must be an integer, got {type(n).__name__}") from None
+    if not 1 <= n <= _MOST_THREADS:
+        raise ValueError(f"n must be from 1 to {_MOST_THREADS}, got {n}")
+    return n
+
+
+def set_num_threads(n, /):
+    """Set the number of threads that calls in this process may use.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 1024; it may exceed the number of CPUs. Small arrays use fewer.
+
+    Raises
+    ------
+    TypeError
+        If n is not an integer.
+    ValueError
+        If n is out of range.
+
+    Examples
+    --------
+    >>> import fastsoftmax
+    >>> before = fastsoftmax.get_num_threads()
+    >>> fastsoftmax.set_num_threads(1)
+    >>> fastsoftmax.get_num_threads()
+    1
+    >>> fastsoftmax.set_num_threads(before)
+    """
+    global _process_threads
+    _process_threads = _checked_threads(n)
+
+
+def get_num_threads():
+    """Return the number of threads that a large call made here may use.
+
+    It is that of the innermost :class:`num_threads`, else of :func:`set_num_threads`, else of the environment variable
+    ``FASTSOFTMAX_NUM_THREADS`` or ``OMP_NUM_THREADS``, else the number of CPUs that affinity and cgroup quota allow; never more than OpenMP
+    has been limited to meanwhile (by threadpoolctl, say).
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import fastsoftmax
+    >>> with fastsoftmax.num_threads(1):
+    ...     fastsoftmax.get_num_threads()
+    1
+    """
+    global _usable_cpus
+    cdef int n = _scope.get() or _process_threads
+    if n == 0:
+        if _usable_cpus == 0:
+            _usable_cpus = fsm_usable_cpus()
+        n = _usable_cpus
+    return min(n, fsm_openmp_limit())
+
+
+class num_threads:
+    """Context manager: the number of threads inside the block, in this thread or task only.
+
+    Parameters
+    ----------
+    n : int
+        As for :func:`set_num_threads`.
+
+    Examples
+    --------
+    >>> import numpy as np, fastsoftmax
+    >>> with fastsoftmax.num_threads(1):
+    ...     y = fastsoftmax.softmax(np.zeros((4, 2)))
+    """
+
+    def __init__(self, n, /):
+        self._n = _checked_threads(n)
+        self._tokens = []
+
+    def __enter__(self):
+        self._tokens.append(_scope.set(self._n))
+        return self
+
+    def __exit__(self, *exc_info):
+        _scope.reset(self._tokens.pop())
+
+
+# ---- instruction sets ----
+
+cdef const fsm_isa *_find_isa(name) except? NULL:
+    cdef int i = 0
+    while fsm_isa_at(i) != NULL:
+        if fsm_isa_name(fsm_isa_at(i)).decode() == name:
+            return fsm_isa_at(i)
+        i += 1
+    raise ValueError(f"no ISA {name!r} on this CPU, which has {', '.join(available_isas())}")
+
+
+def available_isas():
+    """Return the names of the instruction sets that this CPU can run and this build has, best first.
+
+    Returns
+    -------
+    tuple of str
+
+    Examples
+    --------
+    >>> import fastsoftmax
+    >>> "scalar" in fastsoftmax.available_isas()
+    True
+    """
+    names = []
+    while fsm_isa_at(len(names)) != NULL:
+        names.append(fsm_isa_name(fsm_isa_at(len(names))).decode())
+    return tuple(names)
+
+
+def isa():
+    """Return the name of the instruction set in use: the best one, or that of ``FASTSOFTMAX_ISA``.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> import fastsoftmax
+    >>> fastsoftmax.isa() in fastsoftmax.available_isas()
+    True
+    """
+    return fsm_isa_name(_active).decode()
+
+
+class _use_isa:
+    """Context manager for tests: every call of the process inside the block uses this ISA."""
+
+    def __init__(self, name):
+        _find_isa(name)
+        self._name = name
+
+    def __enter__(self):
+        global _active
+        self._before = isa()
+        _active = _find_isa(self._name)
+        return self
+
+    def __exit__(self, *exc_info):
+        global _active
+        _active = _find_isa(self._before)
+
+
+def _exp32(float[::1] x, name):
+    """The internal exp of x <= 0, for its tests."""
+    out = np.empty(x.shape[0], np.float32)
+    cdef float[::1] y = out
+    if x.shape[0]:
+        fsm_exp_f32(_find_isa(name), &y[0], &x[0], x.shape[0])
+    return out
+
+
+def _exp64(double[::1] x, name):
+    """The internal exp of x <= 0, for its tests."""
+    out = np.empty(x.shape[0], np.float64)
+    cdef double[::1] y = out
+    if x.shape[0]:
+        fsm_exp_f64(_find_isa(name), &y[0], &x[0], x.shape[0])
+    return out
+
+
+# ---- configuration ----
+
+def show_config(mode="stdout"):
+    """Print, or return, how this build is configured and what it found.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print the configuration, or return it as a dict.
+
+    Returns
+    -------
+    dict or None
+        Keys: version, numpy, isa, available_isas, openmp, num_threads, cpu, cpus.
+
+    Raises
+    ------
+    ValueError
+        For another mode.
+
+    Examples
+    --------
+    >>> import fastsoftmax
+    >>> sorted(fastsoftmax.show_config("dicts"))
+    ['available_isas', 'cpu', 'cpus', 'isa', 'num_threads', 'numpy', 'openmp', 'version']
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    config = {
+        "version": sys.modules["fastsoftmax"].__version__,
+        "numpy": np.__version__,
+        "isa": isa(),
+        "available_isas": available_isas(),
+        "openmp": bool(fsm_has_openmp()),
+        "num_threads": get_num_threads(),
+        "cpu": _cpu_name(),
+        "cpus": fsm_usable_cpus(),
+    }
+    if mode == "dicts":
+        return config
+    for key, value in config.items():
+        print(f"{key + ':':16}{' '.join(value) if isinstance(value, tuple) else value}")
+
+
+def _cpu_name():
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+        return platform.processor() or platform.machine()
+
+
+def _configure():
+    """Reads the environment, once, at import."""
+    global _active, _process_threads
+    _active = fsm_isa_at(0)
+    name = os.environ.get("FASTSOFTMAX_ISA")
+    if name is not None:
+        try:
+            _active = _find_isa(name)
+        except ValueError:
+            raise ImportError(f"FASTSOFTMAX_ISA is {name!r}; this CPU and build accept {', '.join(available_isas())}") from None
+    threads = os.environ.get("FASTSOFTMAX_NUM_THREADS")
+    if threads is not None:
+        try:
+            _process_threads = _checked_threads(int(threads))
+        except ValueError:
+            raise ImportError(f"FASTSOFTMAX_NUM_THREADS is {threads!r}; accepted are integers from 1 to {_MOST_THREADS}") from None
+    else:
+        first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested levels
+        if first.isdigit() and 1 <= int(first) <= _MOST_THREADS:
+            _process_threads = int(first)
+    fsm_openmp_limit()  # from now on, a lower limit counts
+
+
+_configure()

@@ -1,0 +1,102 @@
+"""Build the compiled core. Everything else about the package stands in pyproject.toml.
+
+The core is one extension of Cython and C, and src_c/isa_NAME.c, the kernels of one instruction set,
+are compiled with flags of their own. The compiler is asked by a probe what it can do, which gives
+the right answer when cross-compiling, too. FASTSOFTMAX_OPENMP=0 makes a serial build.
+"""
+
+import os
+import tempfile
+from glob import glob
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+# Flags by compiler_type. They come after those of CFLAGS, and win. None may break the rules of
+# IEEE 754 (-ffast-math) or contract a * b + c: every FMA is explicit in the source.
+GNU = {
+    "compile": "-O3 -std=c11 -fno-fast-math -ffp-contract=off -fno-math-errno -fvisibility=hidden",
+    "openmp": "-fopenmp",
+    "link openmp": "-fopenmp",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+}
+MSVC = {
+    "compile": "/O2 /std:c11 /fp:precise",
+    "openmp": "/openmp",
+    "link openmp": "",
+    "avx2": "/arch:AVX2",
+    "avx512": "/arch:AVX512",
+}
+FLAGS = {"unix": GNU, "mingw32": GNU, "msvc": MSVC}
+
+X86_64 = """\
+#include <immintrin.h>
+#if !defined(__x86_64__) && !defined(_M_X64)
+#error "not x86-64"
+#endif
+int main(void) { return 0; }
+"""
+OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+PROBES = {"avx2": X86_64, "avx512": X86_64, "openmp": OPENMP}
+
+
+class BuildExt(build_ext):
+    """Compile the kernels of each ISA with its flags, then build the extension around them."""
+
+    def build_extension(self, ext):
+        if FLAGS.get(self.compiler.compiler_type) is None:
+            raise CompileError(f"no flags are known for compiler {self.compiler.compiler_type!r}")
+        isas = ["scalar", *filter(self.can_build, ("avx2", "avx512"))]
+        ext.define_macros = [(f"FSM_HAVE_{isa.upper()}", "1") for isa in isas]
+        ext.extra_compile_args = self.flags("compile")
+        ext.extra_objects = []
+        for isa in isas:
+            ext.extra_objects += self.compiler.compile(
+                [f"src_c/isa_{isa}.c"],
+                self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=self.flags("compile", isa),
+            )
+        if os.environ.get("FASTSOFTMAX_OPENMP") != "0" and self.can_build("openmp"):
+            ext.extra_compile_args += self.flags("openmp")
+            ext.extra_link_args = self.flags("link openmp")
+        super().build_extension(ext)
+
+    def flags(self, *names):
+        table = FLAGS[self.compiler.compiler_type]
+        return [flag for name in names for flag in table.get(name, "").split()]
+
+    def can_build(self, feature):
+        """Whether the compiler makes a program of the feature's probe."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(PROBES[feature])
+            try:
+                objects = self.compiler.compile(
+                    [str(source)], folder, extra_postargs=self.flags(feature)
+                )
+                self.compiler.link_executable(
+                    objects, "probe", folder, extra_postargs=self.flags(f"link {feature}")
+                )
+            except (CompileError, LinkError):
+                print(f"fastsoftmax: building without {feature}, which this compiler cannot build")
+                return False
+        return True
+
+
+core = Extension(
+    "fastsoftmax._core",
+    ["fastsoftmax/_core.pyx", "src_c/dispatch.c", "src_c/parallel.c", "src_c/softmax.c"],
+    include_dirs=["src_c", numpy.get_include()],
+    depends=["setup.py", *glob("src_c/*.[ch]"), *glob("fastsoftmax/*.p[xy][xd]")],
+)
+directives = {"language_level": 3, "binding": True, "embedsignature": True}
+setup(
+    ext_modules=cythonize([core], build_dir="build", compiler_directives=directives),
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,103 @@
+/* The table of kernels that each ISA exports, one set for each compute type: what the layers above may ask of the mathematics.
+ *
+ * Every operation is three passes over a row, and a row may come in any number of pieces (tiles), in any order:
+ *     max    the reference: the largest logit (for a backward pass the largest |term|)
+ *     sum    an exact integer sum (exp.inc.h), so that no piece, order or width of vector can change a bit of it
+ *     map    the result, element by element
+ * Between them `reference` and `finish` turn what was gathered into the constants of the next pass. fsm_state carries it.
+ *
+ * A state has lanes. lanes == 1: one row, its elements contiguous in the tile, vectors run along the row. lanes > 1: that many rows side
+ * by side, element i of row l at [i * lanes + l], vectors run across the rows. lanes is then a multiple of FSM_LANE_QUANTUM.
+ */
+#ifndef FSM_KERNELS_H
+#define FSM_KERNELS_H
+
+#include "fastsoftmax.h"
+
+enum {
+    FSM_LANES = 64,        /* rows side by side at the most */
+    FSM_LANE_QUANTUM = 16, /* the widest vector of any ISA, in float32 */
+    FSM_SHORT_ROW = 32,    /* rows up to this long are transposed, so that lanes are rows */
+    FSM_ALIGN = 64
+};
+
+typedef union {
+    float f32[FSM_LANES];
+    double f64[FSM_LANES];
+} fsm_lanes;
+
+/* An exact sum: sum of parts[j] * 2^unit_j, see exp.inc.h. */
+typedef struct {
+    int64_t parts[5][FSM_LANES];
+} fsm_exact_sum;
+
+typedef struct {
+    int lanes;
+    ptrdiff_t n;         /* length of the whole row: it decides how fine the sum is (exp.inc.h) */
+    fsm_lanes max;       /* NaN: the row has a NaN */
+    fsm_lanes exponent;  /* weighted: the largest exponent of a term */
+    fsm_lanes nonfinite; /* weighted, backward: the sum of the terms that are not finite, 0 if there are none */
+    fsm_lanes c, lo, m2; /* constants of exp */
+    fsm_exact_sum sum;
+    fsm_lanes value[2]; /* constants of map; the results of a reduction */
+    int want_sign;      /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
+    int special;        /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
+} fsm_state;
+
+/* A piece of the rows of a state: n elements of each. x and out have a dtype of their own when lanes == 1, else the compute type. */
+typedef struct {
+    ptrdiff_t n;
+    const void *x;
+    fsm_dtype x_dtype;
+    const void *y; /* compute type, contiguous like x */
+    void *e;       /* sum: exp goes here too, if not NULL (compute type; may be x). map: it is read from here, if not NULL */
+    void *out;     /* may be x, y or e */
+    fsm_dtype out_dtype;
+    const void *scale; /* backward: 1/temperature per lane, compute type */
+} fsm_tile;
+
+typedef struct {
+    void (*max)(fsm_state *, const fsm_tile *);
+    void (*max2)(fsm_state *, const fsm_tile *); /* NULL but for weighted sums: the largest exponent of a term */
+    void (*reference)(fsm_state *);
+    void (*sum)(fsm_state *, const fsm_tile *);
+    void (*finish)(fsm_state *);
+    void (*map)(const fsm_state *, const fsm_tile *); /* NULL for reductions */
+} fsm_passes;
+
+/* A strided run of elements with what is fused into reading them: z = fma(x, scale, bias), or `excluded`. */
+typedef struct {
+    const char *x, *bias, *where, *scale; /* NULL = absent */
+    ptrdiff_t x_stride, bias_stride, where_stride, scale_stride;
+    fsm_dtype x_dtype, bias_dtype; /* scale has the compute type */
+    double excluded;               /* what an entry becomes that takes no part */
+} fsm_run;
+
+/* Whole rows, contiguous, nothing fused: x[r * x_stride + i], strides in bytes. */
+typedef struct {
+    const char *x;
+    char *out;
+    ptrdiff_t x_stride, out_stride, rows, n;
+    fsm_dtype x_dtype, out_dtype;
+    void *scratch; /* n elements of the compute type, if out has another type and n > FSM_SHORT_ROW; else unused */
+} fsm_rows;
+
+typedef struct {
+    fsm_passes passes[FSM_OP_COUNT];
+    void (*rows)(fsm_op, const fsm_rows *); /* softmax, log_softmax, logsumexp */
+    void (*begin)(fsm_state *, int lanes, ptrdiff_t n);
+    void (*merge)(fsm_state *into, const fsm_state *from);
+    void (*load)(void *z, const fsm_run *, ptrdiff_t n);
+    void (*load_special)(void *z, const fsm_run *, ptrdiff_t n, double excluded); /* NaN if it takes part, else `excluded` */
+    void (*store)(char *out, ptrdiff_t stride, fsm_dtype dtype, const void *y, ptrdiff_t n);
+    void (*exp)(void *out, const void *x, ptrdiff_t n); /* x <= 0; for tests */
+} fsm_kernels;
+
+struct fsm_isa {
+    const char *name;
+    const fsm_kernels *f32, *f64;
+};
+
+extern const fsm_isa fsm_isa_scalar, fsm_isa_avx2, fsm_isa_avx512;
+
+#endif

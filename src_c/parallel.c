@@ -1,0 +1,195 @@
+/* Threads: how many, how work is cut, fork. The only file that knows OpenMP. */
+#if defined(__linux__)
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#endif
+
+#include "parallel.h"
+
+#include <limits.h>
+#include <stdatomic.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <stdint.h>
+#else
+#include <fenv.h>
+#endif
+
+unsigned fsm_fp_enter(void) {
+#if defined(__x86_64__) || defined(_M_X64)
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(0x1f80); /* all exceptions masked, round to nearest, no FTZ, no DAZ */
+    return mode;
+#elif defined(__aarch64__)
+    uint64_t mode;
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
+    __asm__ __volatile__("msr fpcr, %0" : : "r"((uint64_t)0));
+    return (unsigned)mode;
+#else
+    const int mode = fegetround();
+    fesetround(FE_TONEAREST);
+    return (unsigned)mode;
+#endif
+}
+
+void fsm_fp_leave(unsigned mode) {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_setcsr(mode); /* the flags too: whatever the kernels raised is gone */
+#elif defined(__aarch64__)
+    __asm__ __volatile__("msr fpsr, xzr\n\tmsr fpcr, %0" : : "r"((uint64_t)mode));
+#else
+    feclearexcept(FE_ALL_EXCEPT);
+    fesetround((int)mode);
+#endif
+}
+
+/* ---- how many CPUs ---- */
+
+#if defined(__linux__)
+/* CPUs that a quota of `quota` us in every `period` us allows, rounded up; INT_MAX without one. */
+static int quota_cpus(long long quota, long long period) {
+    if (quota <= 0 || period <= 0) return INT_MAX;
+    const long long cpus = (quota + period - 1) / period;
+    return cpus < INT_MAX ? (int)cpus : INT_MAX;
+}
+
+/* The numbers in the first line of a file; "max" reads as -1. Returns how many were read. */
+static int read_numbers(const char *dir, const char *file, long long *a, long long *b) {
+    char path[4352], line[64];
+    snprintf(path, sizeof path, "%s/%s", dir, file);
+    FILE *f = fopen(path, "r");
+    if (!f) return 0;
+    const char *got = fgets(line, sizeof line, f);
+    fclose(f);
+    if (!got) return 0;
+    if (strncmp(line, "max", 3) == 0) {
+        *a = -1;
+        return 1;
+    }
+    return sscanf(line, "%lld %lld", a, b);
+}
+
+/* The quota of a group, v2 (cpu.max: "quota period") or v1 (a file for each). */
+static int group_cpus(const char *dir) {
+    long long quota = -1, period = 0, none;
+    if (read_numbers(dir, "cpu.max", &quota, &period) == 2) return quota_cpus(quota, period);
+    if (read_numbers(dir, "cpu.cfs_quota_us", &quota, &none) == 1 && read_numbers(dir, "cpu.cfs_period_us", &period, &none) == 1)
+        return quota_cpus(quota, period);
+    return INT_MAX;
+}
+
+/* The smallest quota of this process's group and of those above it. /proc/self/cgroup has lines "id:controllers:path"; inside a container the
+ * path may not exist under the mount, and the mount's root is then the group. */
+static int cgroup_cpus(void) {
+    static const char *const mounts[] = {"/sys/fs/cgroup", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"};
+    char line[4096], dir[4224];
+    int least = INT_MAX;
+    for (int m = 0; m < 3; m++) {
+        const int root = group_cpus(mounts[m]);
+        least = root < least ? root : least;
+    }
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f)) {
+        const char *controllers = strchr(line, ':');
+        char *path = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!path) continue;
+        *path++ = 0;
+        path[strcspn(path, "\n")] = 0;
+        if (controllers[1] && !strstr(controllers, "cpu")) continue; /* v1, another controller */
+        for (char *end = path + strlen(path); end > path; *end = 0) {
+            for (int m = 0; m < 3; m++) {
+                snprintf(dir, sizeof dir, "%s%s", mounts[m], path);
+                const int cpus = group_cpus(dir);
+                least = cpus < least ? cpus : least;
+            }
+            while (end > path && *--end != '/') {}
+        }
+    }
+    if (f) fclose(f);
+    return least;
+}
+#endif
+
+int fsm_usable_cpus(void) {
+    int cpus = 1;
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
+#ifdef _OPENMP
+    else cpus = omp_get_num_procs(); /* more CPUs than a cpu_set_t holds */
+#endif
+    const int quota = cgroup_cpus();
+    if (quota < cpus) cpus = quota;
+#elif defined(_OPENMP)
+    cpus = omp_get_num_procs();
+#endif
+    return cpus > 1 ? cpus : 1;
+}
+
+int fsm_has_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* ---- OpenMP's own limit, and fork ---- */
+
+#ifdef _OPENMP
+static atomic_int forked;           /* this process is the child of one that may have had a team: libgomp would wait for it for ever */
+static atomic_int first_limit = -1; /* what OpenMP allowed when it was first asked */
+#endif
+
+int fsm_openmp_limit(void) {
+#ifdef _OPENMP
+    int now = omp_get_max_threads(), unset = -1;
+    atomic_compare_exchange_strong(&first_limit, &unset, now);
+    if (atomic_load(&forked)) return 1;
+    return now < atomic_load(&first_limit) ? now : INT_MAX;
+#else
+    return 1;
+#endif
+}
+
+#if defined(_OPENMP) && defined(__linux__)
+static void in_child(void) { atomic_store(&forked, 1); }
+static void watch_fork(void) { pthread_atfork(NULL, NULL, in_child); }
+#endif
+
+/* ---- the loop ---- */
+
+void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context) {
+#ifdef _OPENMP
+    if (threads > 1 && n > grain && !omp_in_parallel() && !atomic_load(&forked)) {
+#if defined(__linux__)
+        static pthread_once_t once = PTHREAD_ONCE_INIT;
+        pthread_once(&once, watch_fork);
+#endif
+        atomic_ptrdiff_t next = 0; /* taken piece by piece, so that a thread that was held up takes fewer */
+#pragma omp parallel num_threads(threads)
+        {
+            const unsigned mode = fsm_fp_enter();
+            ptrdiff_t begin;
+            while ((begin = atomic_fetch_add(&next, grain)) < n)
+                body(context, omp_get_thread_num(), begin, n - begin < grain ? n : begin + grain);
+            fsm_fp_leave(mode);
+        }
+        return;
+    }
+#endif
+    (void)threads;
+    (void)grain;
+    const unsigned mode = fsm_fp_enter();
+    body(context, 0, 0, n);
+    fsm_fp_leave(mode);
+}

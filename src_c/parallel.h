@@ -1,0 +1,18 @@
+/* Loops over units of work, on the threads that there are. */
+#ifndef FSM_PARALLEL_H
+#define FSM_PARALLEL_H
+
+#include "fastsoftmax.h"
+
+/* Does units [begin, end). `thread` is below the number of threads asked for and differs between those that run at once. */
+typedef void (*fsm_body)(void *context, int thread, ptrdiff_t begin, ptrdiff_t end);
+
+/* Calls body on pieces of [0, n), `grain` units at a time, in any order, on at most `threads` threads, and returns when all is done. Every call
+ * of body sees the default floating-point mode (nearest, no flush to zero, no traps), and the caller's is as before afterwards. */
+void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context);
+
+/* The floating-point mode of this thread: enter returns what to give to leave. */
+unsigned fsm_fp_enter(void);
+void fsm_fp_leave(unsigned mode);
+
+#endif

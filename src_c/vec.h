@@ -1,0 +1,96 @@
+/* The names under which the templates (*.inc.h) use vectors and constants. FSM_TYPE, f32 or f64, is set around each inclusion of a template,
+ * and v_add there means f32_add or f64_add of the vec_*.h that the isa_*.c has chosen. Each vec_*.h defines all of these, for both types:
+ *
+ *     vec, ivec          a vector of FSM_TYPE, and of integers of the same width;  VL is the number of lanes
+ *     v_load/v_store     contiguous, any alignment;  _n: the first n < VL lanes, the others read as `fill` and no byte of them is touched
+ *     v_fma(a, b, c)     a * b + c, v_fnma(a, b, c)  c - a * b, each rounded once
+ *     v_max(a, b)        a > b ? a : b, so b where either is NaN
+ *     v_scalb(p, n)      p * 2^n, rounded once, also into the subnormals; p in [1/2, 4), n an integer in [-200, 1] (float64: [-1500, 1])
+ *     v_unless(a, k, b)  a != k ? b : 0;  v_canon(a): a, its NaNs made the canonical one
+ *     v_sum_int          the sum of the lanes of an ivec, as signed integers, in 64 bits
+ *     v_transpose        VL vectors as a square matrix
+ */
+#ifndef FSM_VEC_H
+#define FSM_VEC_H
+
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#if defined(_MSC_VER)
+#define FSM_INLINE static __forceinline
+#else
+#define FSM_INLINE static inline __attribute__((always_inline))
+#endif
+
+#define FSM_PASTE_(a, b) a##_##b
+#define FSM_PASTE(a, b) FSM_PASTE_(a, b)
+#define FSM_NAME(name) FSM_PASTE(FSM_TYPE, name)
+
+#define real FSM_NAME(real)
+#define bits_t FSM_NAME(bits_t)
+#define vec FSM_NAME(vec)
+#define ivec FSM_NAME(ivec)
+#define VL FSM_NAME(VL)
+
+#define v_set1 FSM_NAME(set1)
+#define v_load FSM_NAME(load)
+#define v_store FSM_NAME(store)
+#define v_load_n FSM_NAME(load_n)
+#define v_store_n FSM_NAME(store_n)
+#define v_add FSM_NAME(add)
+#define v_sub FSM_NAME(sub)
+#define v_mul FSM_NAME(mul)
+#define v_fma FSM_NAME(fma)
+#define v_fnma FSM_NAME(fnma)
+#define v_max FSM_NAME(max)
+#define v_abs FSM_NAME(abs)
+#define v_scalb FSM_NAME(scalb)
+#define v_unless FSM_NAME(unless)
+#define v_canon FSM_NAME(canon)
+#define v_hmax FSM_NAME(hmax)
+#define v_hsum FSM_NAME(hsum)
+#define v_transpose FSM_NAME(transpose)
+#define v_bits FSM_NAME(bits)
+#define v_add_int FSM_NAME(add_int)
+#define v_sub_int FSM_NAME(sub_int)
+#define v_set1_int FSM_NAME(set1_int)
+#define v_store_int FSM_NAME(store_int)
+#define v_sum_int FSM_NAME(sum_int)
+
+typedef float f32_real;
+typedef int32_t f32_bits_t;
+typedef double f64_real;
+typedef int64_t f64_bits_t;
+
+/* Scalar conversions, the same on every ISA. Half to float is exact; float to half rounds to nearest even. */
+
+FSM_INLINE float bf16_to_f32(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+/* The NaNs that come here are canonical (0x7fc00000): the rounding increment cannot carry out of them. */
+FSM_INLINE uint16_t f32_to_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+/* Rounds to odd, so that a second rounding to a half gives what one rounding would have given (Boldo & Melquiond 2008). */
+FSM_INLINE float f64_to_f32_odd(double d) {
+    float f = (float)d;
+    uint32_t u;
+    if ((double)f == d || d != d) return f;
+    memcpy(&u, &f, sizeof u);
+    if ((u & 1) == 0) {
+        u += fabs((double)f) > fabs(d) ? -1 : +1; /* the odd neighbour, on d's side; |f| = inf steps back to the largest */
+        memcpy(&f, &u, sizeof f);
+    }
+    return f;
+}
+
+#endif

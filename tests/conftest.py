@@ -1,0 +1,79 @@
+"""Fixtures and reporting. Every test with an ``isa`` argument runs once per ISA of this CPU."""
+
+import os
+
+import numpy as np
+import pytest
+from common import ISAS, KNOWN_ISAS, use_isa
+from hypothesis import HealthCheck, settings
+
+import fastsoftmax
+
+# CI draws the same examples in every run; at home each run draws new ones.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("ci", derandomize=True, database=None, **_COMMON)
+settings.register_profile("dev", **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+_MAXIMA = pytest.StashKey[dict]()
+
+
+def pytest_configure(config):
+    config.stash[_MAXIMA] = {}
+
+
+def pytest_report_header(config):
+    missing = [name for name in KNOWN_ISAS if name not in ISAS]
+    return [
+        f"fastsoftmax {fastsoftmax.__version__}, ISAs under test: {', '.join(ISAS)}"
+        f" (this CPU or build cannot run: {', '.join(missing) or 'none missing'})"
+    ]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc):
+    # Last, so that the ISA varies fastest: an oracle computed once (lru_cache) serves every ISA.
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", ISAS, indirect=True)
+
+
+@pytest.fixture
+def isa(request):
+    """The name of an ISA; every call inside the test uses it."""
+    with use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    """``fastsoftmax.set_num_threads``, undone after the test."""
+    before = fastsoftmax.get_num_threads()
+    yield fastsoftmax.set_num_threads
+    fastsoftmax.set_num_threads(before)
+
+
+@pytest.fixture
+def record_max(request):
+    """Assert ``max(errors) <= bound`` and print the maximum at the end of the run.
+
+    A NaN among the errors fails. Measurements under one name share a line in the summary.
+    """
+    maxima = request.config.stash[_MAXIMA]
+
+    def check(name, errors, bound, what="", unit="ulp"):
+        worst = float(np.max(errors, initial=0.0))
+        seen, _, _ = maxima.get(name, (0.0, bound, unit))
+        maxima[name] = worst if worst != worst else max(seen, worst), bound, unit
+        assert worst <= bound, f"{name} {what}: error {worst:.4g} {unit}, bound {bound:.4g}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    maxima = config.stash[_MAXIMA]
+    if not maxima:
+        return
+    terminalreporter.section("largest errors measured, and their bounds")
+    width = max(map(len, maxima))
+    for name, (worst, bound, unit) in sorted(maxima.items()):
+        terminalreporter.line(f"{name:{width}}  {worst:8.4f}  <= {bound:<7.5g} {unit}")

@@ -1,0 +1,81 @@
+"""The examples that users read are run: docstrings, the oracle's docstrings, the README."""
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from common import PUBLIC
+
+import fastsoftmax as fs
+from fastsoftmax import reference
+
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def printing():
+    """Examples print arrays with NumPy's own defaults; what they set is undone."""
+    before = fs.get_num_threads()
+    with np.printoptions():
+        yield
+    fs.set_num_threads(before)
+
+
+def run(text, name, source):
+    globs = {"np": np, "fastsoftmax": fs, "fs": fs, **{n: getattr(fs, n) for n in PUBLIC}}
+    test = doctest.DocTestParser().get_doctest(text, globs, name, source, 0)
+    output = []
+    failed, tried = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=output.append)
+    assert not failed, "".join(output)
+    return tried
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_docstring(name):
+    """Every example is right, and the functions that compute have at least one."""
+    tried = run(inspect.getdoc(getattr(fs, name)), name, "docstring")
+    if "softm" in name or name == "logsumexp":
+        assert tried, f"{name} has no example"
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if "softm" in n or n == "logsumexp"])
+def test_public_docstring_is_numpydoc(name):
+    """Sections, and a line for every parameter."""
+    doc = inspect.getdoc(getattr(fs, name))
+    for section in ("Parameters\n----------", "Returns\n-------", "Examples\n--------"):
+        assert section in doc, f"{name}: no section {section.splitlines()[0]}"
+    parameters = doc.split("Parameters\n----------\n")[1].split("Returns\n-------")[0]
+    documented = set(
+        re.findall(r"\w+", " ".join(re.findall(r"^(\w[\w, ]*?) ?(?::|$)", parameters, re.M)))
+    )
+    missing = set(inspect.signature(getattr(fs, name)).parameters) - documented
+    assert not missing, f"{name} does not document {missing}"
+
+
+def test_package_docstring():
+    assert fs.__doc__
+    run(fs.__doc__, "fastsoftmax", "docstring")
+
+
+def test_reference():
+    finder = doctest.DocTestFinder()
+    tests = finder.find(reference, "reference", globs={**vars(reference), "reference": reference})
+    assert sum(len(t.examples) for t in tests), "reference.py has no examples"
+    for test in tests:
+        output = []
+        failed, _ = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=output.append)
+        assert not failed, "".join(output)
+
+
+@pytest.mark.skipif(not README.exists(), reason="an installed copy without README.md")
+def test_readme():
+    """The blocks of README.md that hold a Python session, in order, in one namespace."""
+    blocks = re.findall(r"^```(?:python|pycon)\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+    session = "\n".join(block for block in blocks if ">>>" in block)
+    if not session:
+        pytest.skip("README.md holds no Python session")
+    assert run(session, "README.md", str(README))

@@ -1,0 +1,225 @@
+"""Random everything against the oracle: shapes, dtypes, axes, strides, masks, nasty values."""
+
+import numpy as np
+from common import (
+    BF16,
+    EPSILON,
+    F64,
+    FLOATS,
+    HALVES,
+    SMALLEST_SUBNORMAL,
+    WIDE,
+    assert_canonical_nan,
+    compute_type,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import fastsoftmax as fs
+from fastsoftmax import reference
+
+EXAMPLES = settings(max_examples=120)
+
+# In ulp of the result, anywhere: crafted rows are allowed 3 (see test_accuracy.py), plus a
+# rounding of the oracle where it is no wider than float64. Logarithms in ulp of their largest term.
+ULP, HALF_ULP, LOG_ULP = 3.0, 0.51, 2.0
+
+NASTY = (0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 1e-310, 88.7, -87.3, -103.9, 104.0,
+         -745.0, 709.7, 65504.0, 1e30, -1e30, 3.4e38, 1e300, -1e300)  # fmt: skip
+
+
+def quiet_cast(a, dtype):
+    with np.errstate(all="ignore"):
+        return np.asarray(a, F64).astype(dtype)
+
+
+@st.composite
+def values(draw, shape, special=0.1):
+    """Gaussian logits of one scale and offset, a part of them replaced by nasty ones."""
+    r = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = draw(st.sampled_from([0.0, 0.1, 3.0, 30.0, 1000.0]))
+    offset = draw(st.sampled_from([0.0, 0.0, 5.5, -300.0, 1e5, 3e6]))
+    a = offset + scale * r.standard_normal(shape)
+    nasty = r.random(shape) < draw(st.sampled_from([0.0, 0.0, special, 0.5]))
+    return np.where(nasty, r.choice(NASTY, shape), a)
+
+
+@st.composite
+def strided(draw, a):
+    """The same values in another memory layout: permuted axes, gaps, negative steps."""
+    a = np.asarray(a)
+    order = draw(st.permutations(range(a.ndim)))
+    steps = [draw(st.sampled_from([1, 1, -1, 2, -3])) for _ in range(a.ndim)]
+    shape = [a.shape[k] * abs(steps[k]) for k in order]
+    base = np.zeros(shape, a.dtype).transpose(np.argsort(order))
+    view = base[(*(slice(None, None, s) for s in steps), ...)]
+    view[...] = a
+    return view
+
+
+def some_axes(draw, ndim):
+    choices = [st.none()]
+    if ndim:
+        choices.append(st.integers(-ndim, ndim - 1))
+        choices.append(hnp.valid_tuple_axes(ndim))
+    return draw(st.one_of(choices))
+
+
+def part_of(draw, shape):
+    """A shape that broadcasts to `shape`: some lengths become 1, leading ones may go."""
+    shape = tuple(1 if draw(st.booleans()) else n for n in shape)
+    return shape[draw(st.integers(0, len(shape))) :]
+
+
+@st.composite
+def calls(draw):
+    """(x, axis, keyword arguments) of the softmax family."""
+    dtype = draw(st.sampled_from(FLOATS))
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=7))
+    if shape and draw(st.booleans()):  # one long side, so that vectors fill
+        side = draw(st.integers(0, len(shape) - 1))
+        longer = draw(st.sampled_from([15, 16, 33, 64, 100, 150]))
+        shape = tuple(longer if k == side else min(n, 3) for k, n in enumerate(shape))
+    x = draw(strided(quiet_cast(draw(values(shape)), dtype)))
+    axis = some_axes(draw, len(shape))
+    kwargs = {}
+    if draw(st.booleans()):
+        bias_dtype = draw(st.sampled_from(FLOATS))
+        bias = quiet_cast(draw(values(part_of(draw, shape), 0.2)), bias_dtype)
+        kwargs["bias"] = draw(strided(bias))
+    if draw(st.booleans()):
+        part = part_of(draw, shape)
+        r = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        kwargs["where"] = draw(strided(r.random(part) < draw(st.sampled_from([0.1, 0.5, 0.9]))))
+    if draw(st.booleans()):
+        kwargs["temperature"] = draw(st.sampled_from([0.5, 1, 3, 0.07, np.float32(1.7), 1e-3]))
+    return x, axis, kwargs
+
+
+def assert_same_specials(got, true, dtype):
+    """NaN where the oracle has NaN (the canonical one), the same infinities."""
+    got, true = np.atleast_1d(got), np.atleast_1d(true)
+    assert np.array_equal(np.isnan(got), np.isnan(true))
+    assert_canonical_nan(got[np.isnan(got)])
+    for infinity in (np.inf, -np.inf):
+        overflowed = np.abs(true) > largest(dtype)  # finite for the oracle only
+        where = (true == infinity) & ~overflowed | (got == infinity) & ~overflowed
+        assert np.array_equal(got[where] == infinity, true[where] == infinity)
+
+
+def largest(dtype):
+    return np.finfo(dtype).max if dtype != BF16 else float.fromhex("0x1.fep127")
+
+
+def logits_of(x, bias, temperature):
+    """z in the compute type, and its largest finite magnitude, for the scale of a logarithm."""
+    inner = compute_type(x.dtype).type
+    r = WIDE(inner(1.0 / np.float64(1 if temperature is None else temperature)))
+    with np.errstate(all="ignore"):
+        z = x.astype(WIDE) * r
+        if bias is not None:
+            z = z + bias.astype(inner).astype(WIDE)
+        return z.astype(inner)
+
+
+@EXAMPLES
+@given(call=calls())
+def test_softmax(isa, call):
+    x, axis, kwargs = call
+    bound = HALF_ULP if x.dtype in HALVES else ULP
+    for name in ("softmax", "softmin"):
+        with np.errstate(all="ignore"):
+            true = getattr(reference, name)(x, axis, **kwargs, precise=WIDE)
+        got = getattr(fs, name)(x, axis, **kwargs)
+        assert got.shape == x.shape and got.dtype == x.dtype
+        assert_same_specials(got, true, x.dtype)
+        finite = np.isfinite(np.atleast_1d(true))
+        errors = reference.ulp_error(
+            np.atleast_1d(got)[finite], np.atleast_1d(true)[finite], x.dtype
+        )
+        assert np.max(errors, initial=0) <= bound
+        excluded = np.broadcast_to(~kwargs.get("where", np.True_), x.shape)
+        assert not np.asarray(got)[excluded].any()
+
+
+@EXAMPLES
+@given(call=calls())
+def test_log_softmax(isa, call):
+    x, axis, kwargs = call
+    with np.errstate(all="ignore"):
+        true = np.atleast_1d(reference.log_softmax(x, axis, **kwargs, precise=WIDE))
+    got = np.atleast_1d(fs.log_softmax(x, axis, **kwargs))
+    assert got.dtype == x.dtype and got.shape == true.shape
+    assert_same_specials(got, true, x.dtype)
+    z = logits_of(x, kwargs.get("bias"), kwargs.get("temperature")).astype(WIDE)
+    m = np.abs(z[np.isfinite(z)]).max(initial=1)
+    assert_close_logarithms(got, true, m, x.dtype)
+
+
+def assert_close_logarithms(got, true, m, dtype):
+    finite = np.isfinite(true) & np.isfinite(got.astype(WIDE))
+    got, true = got[finite].astype(WIDE), true[finite]
+    inner = EPSILON[compute_type(dtype)]
+    bound = LOG_ULP * inner * np.maximum(m, np.abs(true)) + SMALLEST_SUBNORMAL[dtype]
+    if dtype in HALVES:
+        bound = bound + 0.5 * EPSILON[dtype] * np.abs(true)
+    assert (np.abs(got - true) <= bound).all()
+
+
+@EXAMPLES
+@given(call=calls(), keepdims=st.booleans())
+def test_logsumexp(isa, call, keepdims):
+    x, axis, kwargs = call
+    where = kwargs.get("where")
+    with np.errstate(all="ignore"):
+        true = reference.logsumexp(x, axis, where=where, keepdims=keepdims, precise=WIDE)
+    got = fs.logsumexp(x, axis, where=where, keepdims=keepdims)
+    assert got.dtype == x.dtype and np.shape(got) == np.shape(true)
+    got, true = np.atleast_1d(got), np.atleast_1d(true)
+    assert_same_specials(got, true, x.dtype)
+    z = x.astype(WIDE)
+    assert_close_logarithms(got, true, np.abs(z[np.isfinite(z)]).max(initial=1), x.dtype)
+
+
+@EXAMPLES
+@given(call=calls(), data=st.data())
+def test_backward(isa, call, data):
+    x, axis, kwargs = call
+    temperature = kwargs.get("temperature")
+    grad = data.draw(strided(quiet_cast(data.draw(values(x.shape)), x.dtype)))
+    for forward, name in (
+        (fs.softmax, "softmax_backward"),
+        (fs.log_softmax, "log_softmax_backward"),
+    ):
+        y = data.draw(strided(forward(x, axis, **kwargs)))
+        with np.errstate(all="ignore"):
+            true = np.atleast_1d(
+                getattr(reference, name)(grad, y, axis, temperature=temperature, precise=WIDE)
+            )
+        got = np.atleast_1d(getattr(fs, name)(grad, y, axis, temperature=temperature))
+        assert got.dtype == x.dtype and got.shape == true.shape
+        masked = np.atleast_1d(y == 0 if forward is fs.softmax else np.isneginf(y))
+        assert not got[masked].any(), "an excluded entry has a gradient"
+        # Finite gradients that stay finite: the same specials. (Sums of 1e300 may overflow or not.)
+        if np.abs(grad[np.isfinite(grad)].astype(F64)).max(initial=0) < 1e30:
+            nan = np.isnan(true)
+            assert np.isnan(got[nan]).all()
+            assert_canonical_nan(got[np.isnan(got)])
+
+
+@settings(EXAMPLES, max_examples=60)
+@given(call=calls(), data=st.data())
+def test_out_and_layout_change_nothing(isa, call, data):
+    """The same call on contiguous copies, with and without `out`, gives the same bits."""
+    x, axis, kwargs = call
+    plain = {
+        k: np.array(v, order="C") if isinstance(v, np.ndarray) else v for k, v in kwargs.items()
+    }
+    want = np.asarray(fs.softmax(np.array(x, order="C"), axis, **plain))
+    out = data.draw(strided(np.zeros(x.shape, x.dtype)))
+    assert fs.softmax(x, axis, **kwargs, out=out) is out
+    assert out.tobytes() == want.tobytes()
+    work = data.draw(strided(x))
+    fs.softmax(work, axis, **kwargs, out=work)
+    assert work.tobytes() == want.tobytes()

@@ -1,0 +1,237 @@
+"""Threads, processes and the environment: fork, Python threads, the variables read on import."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+from common import BF16, F16, F32, F64, FAMILY, ISAS, KNOWN_ISAS, assert_same_bits, normal
+
+import fastsoftmax as fs
+
+LONG = 400_000
+
+
+# --- fork -----------------------------------------------------------------------------------------
+
+
+def in_child(work, timeout=30):
+    """Run `work` in a forked child; its exit status, or a failure if it hangs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork of a multi-threaded process
+        pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail(f"the forked child hangs (no result after {timeout} s)")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_forked_child_can_call(isa, threads):
+    """After a parallel call in the parent: its thread pool does not exist in the child."""
+    x = normal(LONG, F32)
+    with fs.num_threads(threads):
+        want = fs.softmax(x)
+
+        def work():
+            assert_same_bits(fs.softmax(x), want)
+            assert_same_bits(fs.softmax(x.reshape(-1, 100), 0), columns)
+            with fs.num_threads(3):
+                assert_same_bits(fs.softmax(x), want)
+
+        columns = fs.softmax(x.reshape(-1, 100), 0)
+        assert in_child(work) == 0
+        assert in_child(lambda: in_child(work) and os._exit(1)) == 0  # and a child of the child
+        assert_same_bits(fs.softmax(x), want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_child_helper_notices_a_failure():
+    def fail():
+        raise AssertionError
+
+    assert in_child(fail) == 1
+
+
+# --- Python threads -------------------------------------------------------------------------------
+
+
+def test_eight_python_threads_give_the_same_bits(isa):
+    """Mixed functions, dtypes and sizes at once; each thread with a count of its own."""
+    inputs = [normal(shape, dtype, 3.0, "threads") for shape in ((9, 100), (1000, 24), (70_000,), (130, 513))
+              for dtype in (F32, F64, F16, BF16)]  # fmt: skip
+    calls = [
+        (f, x, axis) for f in (*FAMILY, fs.logsumexp) for x in inputs for axis in {0, x.ndim - 1}
+    ]
+    with fs.num_threads(1):
+        want = [f(x, axis) for f, x, axis in calls]
+    failures, start = [], threading.Barrier(8)
+
+    def work(k):
+        try:
+            start.wait(30)
+            with fs.num_threads(k % 3 + 1):
+                order = np.random.default_rng(k).permutation(len(calls))
+                for i in order:
+                    f, x, axis = calls[i]
+                    assert_same_bits(f(x, axis), want[i], (f.__name__, x.shape, axis))
+                    assert fs.get_num_threads() == k % 3 + 1
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not any(worker.is_alive() for worker in workers), "a thread hangs"
+    assert not failures, failures[0]
+
+
+def test_the_gil_is_released(isa):
+    """Other Python threads run while a long row is computed."""
+    x, out = normal(4_000_000, F64), np.empty(4_000_000)
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.monotonic())
+            time.sleep(0.0005)
+
+    worker = threading.Thread(target=tick, daemon=True)
+    worker.start()
+    try:
+        began = time.monotonic()
+        for _ in range(20):
+            fs.softmax(x, out=out)
+        ended = time.monotonic()
+    finally:
+        stop.set()
+        worker.join(10)
+    during = sum(began < t < ended for t in ticks)
+    # Were the lock held, the other thread would run about once per call, between two of them.
+    assert during > 45 or ended - began < 0.1, f"{during} ticks in {ended - began:.2f} s"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timer here")
+def test_a_signal_handler_runs_during_a_long_call():
+    """Work is cut into slices of <= 50 ms with a look at the signals in between."""
+    row = normal(200_000, F64)
+    x = np.broadcast_to(row, (1500, row.size))  # 300 million numbers of work, no memory
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with fs.num_threads(1):
+            began = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(Interrupted):
+                fs.logsumexp(x, -1)
+            took = time.monotonic() - began
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert took < 0.5, f"the handler ran after {took:.2f} s"
+    assert_same_bits(fs.logsumexp(x[:2], -1), np.repeat(fs.logsumexp(row), 2))
+
+
+# --- environment ----------------------------------------------------------------------------------
+
+
+def run(code, **env):
+    """Run `code` in a fresh interpreter with these variables and none of ours or OpenMP's."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTSOFTMAX_", "OMP_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, timeout=120
+    )
+
+
+def printed(code, **env):
+    done = run(f"import fastsoftmax as fs; print({code})", **env)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout.strip()
+
+
+needs_openmp = pytest.mark.skipif(
+    not fs.show_config(mode="dicts")["openmp"], reason="built without OpenMP"
+)
+
+
+@needs_openmp
+def test_thread_variables():
+    cpus = printed("fs.get_num_threads()")
+    assert 1 <= int(cpus) <= len(os.sched_getaffinity(0))
+    assert printed("fs.get_num_threads()", OMP_NUM_THREADS="3") == "3"
+    assert printed("fs.get_num_threads()", FASTSOFTMAX_NUM_THREADS="5") == "5"
+    both = {"FASTSOFTMAX_NUM_THREADS": "4", "OMP_NUM_THREADS": "7"}
+    assert printed("fs.get_num_threads()", **both) == "4"
+
+
+@needs_openmp
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity here")
+def test_affinity_limits_the_threads():
+    cpu = min(os.sched_getaffinity(0))
+    code = f"import os; os.sched_setaffinity(0, {{{cpu}}}); import fastsoftmax as fs; print(fs.get_num_threads())"
+    done = run(code)
+    assert done.stdout.strip() == "1", done.stderr
+
+
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "two", "1.5", "", " ", "1025", "99999999999999999999"]
+)
+def test_bad_thread_variable(value):
+    done = run("import fastsoftmax", FASTSOFTMAX_NUM_THREADS=value)
+    if not value.strip():
+        return  # an empty variable may count as unset
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and "FASTSOFTMAX_NUM_THREADS" in last
+    assert value in last and "1024" in last
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_isa_variable(name):
+    assert printed("fs.isa(), *fs.available_isas()", FASTSOFTMAX_ISA=name) == " ".join((name, *ISAS))
+
+
+@pytest.mark.parametrize("name", ["mmx", "AVX-512", "neon" if "neon" not in ISAS else "avx2"])
+def test_bad_isa_variable(name):
+    done = run("import fastsoftmax", FASTSOFTMAX_ISA=name)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and "FASTSOFTMAX_ISA" in last and name in last
+    assert any(known in last for known in KNOWN_ISAS) and "scalar" in last
+
+
+def test_import_is_quiet_and_light():
+    """No output, no thread started, ml_dtypes neither imported nor needed."""
+    code = (
+        "import sys, threading; sys.modules['ml_dtypes'] = None; import fastsoftmax as fs;"
+        "assert threading.active_count() == 1;"
+        "print(fs.softmax([0, 0]), sorted({m.split('.')[0] for m in sys.modules} & {'scipy', 'torch'}))"
+    )
+    done = run(code)
+    assert (done.stdout.strip(), done.stderr) == ("[0.5 0.5] []", "")
