@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import operator
 import sys
 import zipfile
 import zlib
@@ -137,13 +138,14 @@ SELFTEST_SHAPES = [
     ((6, 7, 8, 9), (0, 2)),
     ((12, 100), None),
 ]
-# In ulp of the result type; for the logarithms in ulp of max(1, |max|, |value|).
+# Of softmax on any row, in ulp; of the logarithms in ulp of max(1, |max|, |value|).
 WIDE = np.longdouble
 SELFTEST_BOUNDS = {
-    "float16": 0.51,
-    "bfloat16": 0.51,
-    "float32": 2.0,
-    "float64": 2.0 if np.finfo(WIDE).nmant > 52 else np.inf,  # inf: there is no wider oracle
+    "float16": (0.51, 0.51, 0.51),
+    "bfloat16": (0.51, 0.51, 0.51),
+    "float32": (3.0, 2.0, 2.0),
+    # Without a wider oracle there is nothing to measure.
+    "float64": (3.0, 2.0, 2.0) if np.finfo(WIDE).nmant > 52 else (np.inf,) * 3,
 }
 SIGNIFICANT_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 
@@ -151,7 +153,7 @@ SIGNIFICANT_BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 def selftest(args):
     """Check every ISA of this CPU against the oracle and against each other."""
     isas, rows = fs.available_isas(), []
-    for name, bound in SELFTEST_BOUNDS.items():
+    for name, bounds in SELFTEST_BOUNDS.items():
         try:
             dtype = bench.dtype_of(name)
         except ImportError:
@@ -163,15 +165,15 @@ def selftest(args):
             for isa in isas:
                 with _core._use_isa(isa):
                     errors = selftest_errors(arguments, oracle, digests[isa])
-                worst[isa] = tuple(map(max, worst[isa], errors))
+                worst[isa] = tuple(map(np.maximum, worst[isa], errors))  # NaN stays
         for isa in isas:
             same = digests[isa].digest() == digests["scalar"].digest()
-            passed = same and max(worst[isa]) <= bound
-            errors = (f"{error:.3f}" for error in worst[isa])
-            end = ("yes" if same else "NO"), ("ok" if passed else "FAILED")
-            rows.append([isa, name, *errors, f"{bound:g}", *end])
+            passed = same and all(map(operator.le, worst[isa], bounds))
+            errors = map("{:.3f} <= {:g}".format, worst[isa], bounds)
+            end = "yes" if same else "NO", "ok" if passed else "FAILED"
+            rows.append([isa, name, *errors, *end])
     rows.sort(key=lambda row: isas.index(row[0]))
-    header = ["ISA", "dtype", "softmax", "log_softmax", "logsumexp", "bound", "same bits", "result"]
+    header = ["ISA", "dtype", "softmax", "log_softmax", "logsumexp", "same bits", "result"]
     bench.table(rows, header)
     passed = all(row[-1] == "ok" for row in rows)
     print(f"\nlargest errors in ulp; {'all is well' if passed else 'SOME CHECKS FAILED'}")

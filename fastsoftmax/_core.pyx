@@ -806,7 +806,7 @@ class _use_isa:
         _active = _find_isa(self._before)
 
 
-def _exp32(float[::1] x, name):
+def _exp32(const float[::1] x, name):
     """The internal exp of x <= 0, for its tests."""
     out = np.empty(x.shape[0], np.float32)
     cdef float[::1] y = out
@@ -815,7 +815,7 @@ def _exp32(float[::1] x, name):
     return out
 
 
-def _exp64(double[::1] x, name):
+def _exp64(const double[::1] x, name):
     """The internal exp of x <= 0, for its tests."""
     out = np.empty(x.shape[0], np.float64)
     cdef double[::1] y = out

@@ -153,6 +153,7 @@ def with_onnxruntime(x, axis, use_out):
         session.run_with_iobinding(binding)
         return out
 
+    call.bound = x, out  # a binding knows addresses only: keep the arrays alive
     return call
 
 
@@ -222,12 +223,12 @@ def as_float64(y):
 
 @lru_cache(maxsize=1)
 def checked_call(name, case):
-    """Prepare the call of a case; its result must be right but for some rounding."""
+    """Prepare the call of a case; its result must be right but for a peer's usual rounding."""
     x = case.data()
     call = IMPLEMENTATIONS[name](x, case.axis, case.out)
     true = reference.softmax(x.astype(np.float64), case.axis)
-    epsilon = 2.0 ** {"float16": -10, "bfloat16": -7, "float32": -23, "float64": -52}[case.dtype]
-    if not np.allclose(as_float64(call()), true, rtol=32 * epsilon, atol=epsilon**2):
+    tolerance = {"float16": 0.02, "bfloat16": 0.15}.get(case.dtype, 0.001)
+    if not np.allclose(as_float64(call()), true, rtol=tolerance, atol=1e-7):
         raise ArithmeticError("wrong")
     return call
 
@@ -298,10 +299,11 @@ class Worker:
 
 
 def table(rows, header, file=None):
-    """Print rows of cells below a header: words to the left, numbers to the right."""
+    """Print rows of cells below a header; columns of numbers, but for the first, to the right."""
     rows = [header, *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = [any(c[:1].isdigit() for c in column) for column in zip(*rows[1:], strict=True)]
+    columns = list(zip(*rows[1:], strict=True))
+    numeric = [False, *(any(c[:1].isdigit() for c in column) for column in columns[1:])]
     rows.insert(1, ["-" * width for width in widths])
     for row in rows:
         cells = zip(row, widths, numeric, strict=True)
@@ -349,12 +351,12 @@ def compare_speed(workers, suite, rounds, seconds):
         if isinstance(ours, str):
             raise SystemExit(f"fastsoftmax, {case}: {ours}")
         times.append([case, *(t if isinstance(t, str) else duration(t) for t in best.values())])
-        factors = (t if isinstance(t, str) else f"{ours / t:.2f}" for t in best.values())
-        ratios.append([case, *factors])
-    print("time of one call (wrong: off by more than 32 ulp; -: the dtype is not supported)\n")
+        theirs = list(best.values())[1:]
+        ratios.append([case, *(t if isinstance(t, str) else f"{ours / t:.2f}" for t in theirs)])
+    print("time of one call (wrong: off by > 0.1 %, float16 2 %, bfloat16 15 %; -: unsupported)\n")
     table(times, ["softmax", *names])
     print("\ntime of fastsoftmax / time of the peer: below 1, fastsoftmax is faster\n")
-    table(ratios, ["softmax", *names])
+    table(ratios, ["softmax", *names[1:]])
     return results
 
 

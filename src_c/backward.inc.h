@@ -76,14 +76,14 @@ FSM_INLINE void backward_max(int log, fsm_state *st, const fsm_tile *t) {
     }
 }
 
-/* c * lo = 2^-exponent, in two steps because one can overflow; max < 2^exponent. m2 and the rest serve exp(y). */
+/* exp[0] * exp[1] = 2^-exponent, in two steps because one can overflow; max < 2^exponent. */
 static void backward_reference(fsm_state *st) {
     for (int l = 0; l < st->lanes; l++) {
         const double m = (double)LANE(st->max)[l];
         int exponent = m > 0 && m - m == 0 ? exponent_of(m) + 1 : 0, half = exponent / 2;
         LANE(st->exponent)[l] = (real)exponent;
-        LANE(st->c)[l] = (real)exp2i(-half);
-        LANE(st->lo)[l] = (real)exp2i(half - exponent);
+        LANE(st->exp[0])[l] = (real)exp2i(-half);
+        LANE(st->exp[1])[l] = (real)exp2i(half - exponent);
     }
 }
 
@@ -91,8 +91,8 @@ FSM_INLINE void backward_sum(int log, fsm_state *st, const fsm_tile *t, int fine
     const walk w = walk_of(st, t);
     for (ptrdiff_t g = 0; g < w.groups; g++) {
         const real *x = (const real *)t->x + g * VL, *y = (const real *)t->y + g * VL;
-        const vec s1 = st->lanes > 1 ? v_load(LANE(st->c) + g * VL) : v_set1(LANE(st->c)[0]);
-        const vec s2 = st->lanes > 1 ? v_load(LANE(st->lo) + g * VL) : v_set1(LANE(st->lo)[0]);
+        const vec s1 = st->lanes > 1 ? v_load(LANE(st->exp[0]) + g * VL) : v_set1(LANE(st->exp[0])[0]);
+        const vec s2 = st->lanes > 1 ? v_load(LANE(st->exp[1]) + g * VL) : v_set1(LANE(st->exp[1])[0]);
         for (ptrdiff_t s = 0; s < w.steps;) {
             const ptrdiff_t end = s + (w.steps - s < FOLD_EVERY ? w.steps - s : FOLD_EVERY), adds = end - s;
             vsum sum = vsum_zero();
@@ -109,7 +109,7 @@ FSM_INLINE void backward_sum(int log, fsm_state *st, const fsm_tile *t, int fine
 /* value[0] + value[1]: the sum of the terms. */
 static void backward_finish(fsm_state *st) {
     for (int l = 0; l < st->lanes; l++) {
-        FSM_NAME(pair) s = sum_value(&st->sum, l);
+        const pair s = sum_value(&st->sum, l);
         const int exponent = (int)LANE(st->exponent)[l], half = exponent / 2;
         const double a = exp2i(half), b = exp2i(exponent - half), hi = s.hi * a * b, nonfinite = (double)LANE(st->nonfinite)[l];
         const real r = (real)(nonfinite == 0 ? hi : nonfinite);

@@ -37,7 +37,7 @@ typedef struct {
     fsm_lanes max;       /* NaN: the row has a NaN */
     fsm_lanes exponent;  /* weighted: the largest exponent of a term */
     fsm_lanes nonfinite; /* weighted, backward: the sum of the terms that are not finite, 0 if there are none */
-    fsm_lanes c, lo, m2; /* constants of exp */
+    fsm_lanes exp[5];    /* constants of exp (exp.inc.h); backward: of the scaling of the terms */
     fsm_exact_sum sum;
     fsm_lanes value[2]; /* constants of map; the results of a reduction */
     int want_sign;      /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */

@@ -19,12 +19,10 @@
 #define map_vref FSM_NAME(map_vref)
 #define map_vec FSM_NAME(map_vec)
 #define normaliser FSM_NAME(normaliser)
-#define log_normaliser FSM_NAME(log_normaliser)
-#define exp_of FSM_NAME(exp_of)
 #define lane_fold FSM_NAME(lane_fold)
-#define max_exps FSM_NAME(max_exps)
 #define lanes_of FSM_NAME(lanes_of)
 #define row_ref FSM_NAME(row_ref)
+#define set_ref FSM_NAME(set_ref)
 #define reference_pass FSM_NAME(reference_pass)
 #define sum_pass FSM_NAME(sum_pass)
 #define finish_softmax FSM_NAME(finish_softmax)
@@ -135,10 +133,14 @@ FSM_INLINE void lane_fold(fsm_exact_sum *sum, int g, const vsum *s, ptrdiff_t ad
     }
 }
 
-FSM_INLINE exp_ref row_ref(const fsm_state *st) { return (exp_ref){LANE(st->c)[0], LANE(st->lo)[0], LANE(st->m2)[0]}; }
+/* The constants of exp, of the one row or of VL lanes. */
+FSM_INLINE exp_ref row_ref(const fsm_state *st) {
+    return (exp_ref){LANE(st->exp[0])[0], LANE(st->exp[1])[0], LANE(st->exp[2])[0], LANE(st->exp[3])[0], LANE(st->exp[4])[0]};
+}
 
 FSM_INLINE exp_vref lanes_of(const fsm_state *st, int g) {
-    return (exp_vref){v_load(LANE(st->c) + g), v_load(LANE(st->lo) + g), v_load(LANE(st->m2) + g)};
+    return (exp_vref){v_load(LANE(st->exp[0]) + g), v_load(LANE(st->exp[1]) + g), v_load(LANE(st->exp[2]) + g),
+                      v_load(LANE(st->exp[3]) + g), v_load(LANE(st->exp[4]) + g)};
 }
 
 FSM_INLINE void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine) {
@@ -175,7 +177,7 @@ FSM_INLINE vec map_vec(int log, vec x_or_e, map_vref r) {
 
 /* 1/sum, to about twice the precision of real. */
 FSM_INLINE map_ref normaliser(const fsm_exact_sum *sum, int lane) {
-    FSM_NAME(pair) s = sum_value(sum, lane);
+    const pair s = sum_value(sum, lane);
     double r = 1 / s.hi;
 #if FSM_BITS == 32
     float a = (float)r;
@@ -183,19 +185,6 @@ FSM_INLINE map_ref normaliser(const fsm_exact_sum *sum, int lane) {
 #else
     return (map_ref){r, r * (fma(-r, s.hi, 1) - r * s.lo)};
 #endif
-}
-
-/* log(sum exp(x - max)) = log1p(rest / e_max), where rest, the sum without the largest term, is exact: no cancellation when it is small. */
-FSM_INLINE double log_normaliser(fsm_exact_sum *sum, int lane, real e_max, int fine) {
-    sum_without(sum, lane, e_max, fine);
-    return log1p_ratio(sum_value(sum, lane).hi / (double)e_max);
-}
-
-/* exp of one number as the vectors compute it. */
-FSM_INLINE real exp_of(real x, exp_ref r) {
-    real lane[VL];
-    v_store(lane, exp_vec(v_set1(x), exp_broadcast(r)));
-    return lane[0];
 }
 
 /* x -> out; with exp != 0, x is a logit yet and e = exp(x) comes first. */
@@ -270,16 +259,21 @@ static void max_pass(fsm_state *st, const fsm_tile *t) {
     } else lane_max(LANE(st->max), st->lanes, t->x, t->n);
 }
 
+FSM_INLINE void set_ref(fsm_state *st, int lane, exp_ref r) {
+    LANE(st->exp[0])[lane] = r.c;
+    LANE(st->exp[1])[lane] = r.lo;
+    LANE(st->exp[2])[lane] = r.ml;
+    LANE(st->exp[3])[lane] = r.q;
+    LANE(st->exp[4])[lane] = r.rest;
+}
+
 /* Lanes without a finite maximum get constants that do no harm; what map writes there is replaced afterwards. */
 static void reference_pass(fsm_state *st) {
     st->special = 0;
     for (int l = 0; l < st->lanes; l++) {
         real m = LANE(st->max)[l];
         int finite = m - m == 0;
-        exp_ref r = exp_reference(finite ? m : 0, EXP_RANGE);
-        LANE(st->c)[l] = r.c;
-        LANE(st->lo)[l] = r.lo;
-        LANE(st->m2)[l] = r.m2;
+        set_ref(st, l, exp_reference(finite ? m : 0, EXP_RANGE));
         st->special += !finite;
     }
 }
@@ -300,31 +294,19 @@ static void finish_softmax(fsm_state *st) {
     }
 }
 
-/* exp of each maximum, as the sum has it. */
-FSM_INLINE void max_exps(const fsm_state *st, real *e_max) {
-    if (st->lanes == 1) e_max[0] = exp_of(LANE(st->max)[0], row_ref(st));
-    else
-        for (int g = 0; g < st->lanes; g += VL) v_store(e_max + g, exp_vec(v_load(LANE(st->max) + g), lanes_of(st, g)));
-}
-
 /* value[0] = max, value[1] = log(sum exp(x - max)). */
 static void finish_log_softmax(fsm_state *st) {
-    real e_max[FSM_LANES];
-    max_exps(st, e_max);
     for (int l = 0; l < st->lanes; l++) {
         LANE(st->value[0])[l] = LANE(st->max)[l];
-        LANE(st->value[1])[l] = (real)log_normaliser(&st->sum, l, e_max[l], st->n > EXACT_COARSE);
+        LANE(st->value[1])[l] = (real)log1p_ratio(sum_less_one(&st->sum, l));
     }
 }
 
 /* value[0] = max + log(sum exp(x - max)); a maximum that is not finite is the result. */
 static void finish_logsumexp(fsm_state *st) {
-    real e_max[FSM_LANES];
-    max_exps(st, e_max);
     for (int l = 0; l < st->lanes; l++) {
-        real m = LANE(st->max)[l];
-        LANE(st->value[0])[l] =
-            m - m == 0 ? (real)((double)m + log_normaliser(&st->sum, l, e_max[l], st->n > EXACT_COARSE)) : m;
+        const real m = LANE(st->max)[l];
+        LANE(st->value[0])[l] = m - m == 0 ? (real)((double)m + log1p_ratio(sum_less_one(&st->sum, l))) : m;
     }
 }
 
@@ -340,7 +322,7 @@ static void map_softmax(const fsm_state *st, const fsm_tile *t) {
 
 static void map_log_softmax(const fsm_state *st, const fsm_tile *t) {
     if (st->lanes == 1)
-        row_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, 1, 0, (exp_ref){0, 0, 0},
+        row_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, 1, 0, (exp_ref){0},
                 (map_ref){LANE(st->value[0])[0], LANE(st->value[1])[0]});
     else lane_map(st, t->out, t->x, t->n, 1, 0);
 }

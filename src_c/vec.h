@@ -3,7 +3,7 @@
  *
  *     vec, ivec          a vector of FSM_TYPE, and of integers of the same width;  VL is the number of lanes
  *     v_load/v_store     contiguous, any alignment;  _n: the first n < VL lanes, the others read as `fill` and no byte of them is touched
- *     v_fma(a, b, c)     a * b + c, v_fnma(a, b, c)  c - a * b, each rounded once
+ *     v_fma(a, b, c)     a * b + c, v_fms  a * b - c, v_fnma  c - a * b, each rounded once
  *     v_max(a, b)        a > b ? a : b, so b where either is NaN
  *     v_scalb(p, n)      p * 2^n, rounded once, also into the subnormals; p in [1/2, 4), n an integer in [-200, 1] (float64: [-1500, 1])
  *     v_unless(a, k, b)  a != k ? b : 0;  v_canon(a): a, its NaNs made the canonical one
@@ -43,6 +43,7 @@
 #define v_sub FSM_NAME(sub)
 #define v_mul FSM_NAME(mul)
 #define v_fma FSM_NAME(fma)
+#define v_fms FSM_NAME(fms)
 #define v_fnma FSM_NAME(fnma)
 #define v_max FSM_NAME(max)
 #define v_abs FSM_NAME(abs)

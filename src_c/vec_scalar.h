@@ -28,6 +28,7 @@ typedef int64_t f64_ivec;
     FSM_INLINE REAL T##_sub(REAL a, REAL b) { return a - b; }                                                                      \
     FSM_INLINE REAL T##_mul(REAL a, REAL b) { return a * b; }                                                                      \
     FSM_INLINE REAL T##_fma(REAL a, REAL b, REAL c) { return FMA(a, b, c); }                                                       \
+    FSM_INLINE REAL T##_fms(REAL a, REAL b, REAL c) { return FMA(a, b, -c); }                                                      \
     FSM_INLINE REAL T##_fnma(REAL a, REAL b, REAL c) { return FMA(-a, b, c); }                                                     \
     FSM_INLINE REAL T##_max(REAL a, REAL b) { return a > b ? a : b; }                                                              \
     FSM_INLINE REAL T##_abs(REAL a) { return FABS(a); }                                                                            \

@@ -1,8 +1,8 @@
 /* log|sum(b exp(x))| with weights b of either sign.
  *
  * x and b may compensate each other over their whole ranges (b = 1e-300 at x = 700), so the reference of the sum is neither the largest x
- * nor the largest b but the largest exponent among the terms, found in a pass of its own (max2): with exp(x - c) = p 2^k and b = m 2^j the term
- * is (p m) 2^(k + j). The sum of the terms, scaled by that exponent, is exact in the sense of exp.inc.h. b = 0 takes no part and hides
+ * nor the largest b but the largest exponent among the terms, found in a pass of its own (max2): with exp(x - max) = p 2^n and b = m 2^j the term
+ * is (p m) 2^(n + j). The sum of the terms, scaled by that exponent, is exact in the sense of exp.inc.h. b = 0 takes no part and hides
  * inf and NaN in x. Terms that are not finite follow IEEE arithmetic: their sum is the result.
  */
 
@@ -35,10 +35,7 @@ static void weighted_max(fsm_state *st, const fsm_tile *t) {
 static void weighted_reference(fsm_state *st) {
     for (int l = 0; l < st->lanes; l++) {
         const real m = LANE(st->max)[l];
-        exp_ref r = exp_reference(m - m == 0 ? m : 0, EXP_RANGE_WEIGHTED);
-        LANE(st->c)[l] = r.c;
-        LANE(st->lo)[l] = r.lo;
-        LANE(st->m2)[l] = r.m2;
+        set_ref(st, l, exp_reference(m - m == 0 ? m : 0, WEIGHTED_RANGE));
     }
 }
 
@@ -115,8 +112,7 @@ static void weighted_finish(fsm_state *st) {
             value = -INFINITY;
             sign = 0;
         } else {
-            const double exponent = (double)LANE(st->exponent)[l] + 2 + ((double)LANE(st->m2)[l] - (double)ROUND_MAGIC);
-            value = log_scaled(s < 0 ? -s : s, exponent, (double)LANE(st->c)[l]);
+            value = log_scaled(s < 0 ? -s : s, (double)LANE(st->exponent)[l] + 2, (double)LANE(st->max)[l]);
             sign = s < 0 ? -1 : 1;
         }
         LANE(st->value[0])[l] = sign < 0 && !st->want_sign ? NAN : (real)value;

@@ -29,8 +29,8 @@ SHORT = tuple(range(301))
 BLOCKS = (511, 512, 513, 1023, 1025, 2049, 4095, 4096, 4097, 8191, 8192, 8193)
 LARGE = (16_383, 16_384, 16_385, 32_769, 65_537, 131_071, 131_072, 131_073)
 # Small enough to cross with every layout: below, at and above each vector width and its double.
-SOME = (0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 24, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128, 129,
-        200, 257, 320, 321, 500)  # fmt: skip
+SOME = (0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 24, 31, 32, 33, 47, 63, 64, 65, 100, 127, 128,
+        129, 200, 257, 320, 321, 500)  # fmt: skip
 
 pytestmark = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 
@@ -80,8 +80,8 @@ def layouts(x):
     # A record of 1 + itemsize bytes: strides that are no multiple of the item size.
     packed = np.zeros(x.shape, [("pad", "u1"), ("x", x.dtype)])
     packed["x"] = x
-    yield "packed records", packed["x"], -1, lambda y: y
-    yield "packed records, columns", packed.T["x"], 0, lambda y: y.T
+    yield "packed records", packed.copy()["x"], -1, lambda y: y
+    yield "packed records, columns", packed.T.copy()["x"], 0, lambda y: y.T
     middle = np.repeat(x[:, :, None], 3, axis=2)
     yield "middle axis", middle, 1, lambda y: y[:, :, 2]
     yield (
@@ -93,8 +93,8 @@ def layouts(x):
     yield "zero-stride batch", np.broadcast_to(x, (3, b, n)), -1, lambda y: y[2]
     yield "wide batch", np.tile(x.T, (1, 23)), 0, lambda y: y[:, -b:].T
     if n and n % 4 == 0:
-        folded = x.copy().reshape(b, n // 4, 4)
-        yield "two axes", folded, (1, 2), lambda y: y
+        folded = x.reshape(b, n // 4, 4)
+        yield "two axes", folded.copy(), (1, 2), lambda y: y
         apart = folded.transpose(1, 0, 2).copy()
         yield "two axes with the batch between", apart, (0, -1), lambda y: y.swapaxes(0, 1)
         yield "two axes, transposed", folded.transpose(2, 1, 0).copy(), (1, 0), lambda y: y.T
@@ -304,7 +304,7 @@ def test_backward_layouts_threads_and_isas(isa, dtype):
 
 
 def test_one_rounding_at_the_end(isa, dtype):
-    """softmax(x16, dtype=float32) is softmax(x16.astype(float32)); half results are that, rounded."""
+    """softmax(x16, dtype=float32) is softmax(x16.astype(float32)), and half results are rounded."""
     for n in (1, 3, 16, 50, 300, 2000):
         x = logits((5, n), dtype, n)
         for function in EVERY:

@@ -55,9 +55,9 @@ FAMILY_CASES = {
     "huge axis": (family(X, 2**40), (AxisError, OverflowError), ()),
     "axis twice": (family(X, (0, 0)), ValueError, ("axis", "0")),
     "axis twice, spelt differently": (family(X, (1, -1)), ValueError, ("axis",)),
-    "float axis": (family(X, 1.0), TypeError, ("axis", "float", "int")),
-    "string axis": (family(X, "0"), TypeError, ("axis", "str", "int")),
-    "float in a tuple": (family(X, (0, 1.0)), TypeError, ("axis", "float", "int")),
+    "float axis": (family(X, 1.0), TypeError, ("axis", "1.0", "int")),
+    "string axis": (family(X, "0"), TypeError, ("axis", "'0'", "int")),
+    "float in a tuple": (family(X, (0, 1.0)), TypeError, ("axis", "1.0", "int")),
     # bias
     "bias too long": (family(X, bias=np.ones(5)), ValueError, ("bias", "(5,)", "(3, 4)")),
     "bias of other rows": (
@@ -228,7 +228,7 @@ LSE_CASES = {
     "masked x": (lambda **o: fs.logsumexp(MASKED, **o), TypeError, ("x", "where=~mask")),
     "axis": (lambda **o: fs.logsumexp(X, 2, **o), AxisError, ("axis 2", "dimension 2")),
     "axis twice": (lambda **o: fs.logsumexp(X, (0, 0), **o), ValueError, ("axis",)),
-    "float axis": (lambda **o: fs.logsumexp(X, 0.5, **o), TypeError, ("axis", "float")),
+    "float axis": (lambda **o: fs.logsumexp(X, 0.5, **o), TypeError, ("axis", "0.5", "int")),
     "b too long": (
         lambda **o: fs.logsumexp(X, -1, b=np.ones(5), **o),
         ValueError,
@@ -284,7 +284,7 @@ BACKWARD_CASES = {
     "masked grad": (lambda f, **o: f(MASKED, MASKED.data, **o), TypeError, ("grad", "MaskedArray")),
     "masked y": (lambda f, **o: f(MASKED.data, MASKED, **o), TypeError, ("y", "MaskedArray")),
     "axis": (lambda f, **o: f(X, X, 2, **o), AxisError, ("axis 2", "dimension 2")),
-    "float axis": (lambda f, **o: f(X, X, 1.0, **o), TypeError, ("axis", "float")),
+    "float axis": (lambda f, **o: f(X, X, 1.0, **o), TypeError, ("axis", "1.0", "int")),
     "axis twice": (lambda f, **o: f(X, X, (0, -2), **o), ValueError, ("axis",)),
     "temperature": (
         lambda f, **o: f(X, X, temperature=-2.0, **o),
@@ -317,9 +317,13 @@ def test_backward(function, name):
 # --- thread counts --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad, error", [(0, ValueError), (-1, ValueError), (1025, ValueError), (2**70, ValueError),
-                                        (1.0, TypeError), ("2", TypeError), (None, TypeError), (True, TypeError),
-                                        (np.float64(2), TypeError), (np.True_, TypeError)])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, error",
+    [
+        *((n, ValueError) for n in (0, -1, 1025, 2**70)),
+        *((n, TypeError) for n in (1.0, "2", None, True, np.float64(2), np.True_)),
+    ],
+)
 def test_thread_counts(bad, error):
     before = fs.get_num_threads()
     with pytest.raises(error) as caught:

@@ -14,10 +14,10 @@ import fastsoftmax as fs
 PACKAGE = Path(fs.__file__).parent
 
 
-def run(code, folder, **environment):
-    """Run Python in a folder that comes first on its path, on nothing but NumPy and our package."""
+def run(code, folder, *options, **environment):
+    """Run code in a folder, which comes first on the path."""
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *options, "-c", code],
         cwd=folder,
         env=os.environ | environment,
         capture_output=True,
@@ -27,7 +27,10 @@ def run(code, folder, **environment):
 
 @pytest.fixture
 def unbuilt(tmp_path):
-    """The package as it lies in a fresh clone, without the compiled core."""
+    """The package as it lies in a fresh clone, without the compiled core.
+
+    Run it with -S: the finder of an editable install would lend it the core of this tree.
+    """
     ignore = shutil.ignore_patterns("_core.*.so", "_core.so", "*.pyd", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "fastsoftmax", ignore=ignore)
     return tmp_path
@@ -35,7 +38,7 @@ def unbuilt(tmp_path):
 
 def test_unbuilt_tree_says_what_to_do(unbuilt):
     for code in ("import fastsoftmax", "import fastsoftmax.reference"):
-        done = run(code, unbuilt)
+        done = run(code, unbuilt, "-S")
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("ImportError: the compiled core of fastsoftmax is missing from ")
@@ -56,7 +59,7 @@ def test_other_import_errors_come_through(unbuilt):
         ("", "ImportError: cannot import name"),
     ):
         core.write_text(code)
-        last = run("import fastsoftmax", unbuilt).stderr.strip().splitlines()[-1]
+        last = run("import fastsoftmax", unbuilt, "-S").stderr.strip().splitlines()[-1]
         assert last.startswith(message)
 
 

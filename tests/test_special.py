@@ -248,8 +248,14 @@ def test_bias_that_rounds_to_minus_infinity_excludes(isa, batch, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("shape, axis", [((0,), 0), ((3, 0), 1), ((0, 3), 0), ((2, 0, 3), 1),
-                                         ((2, 0, 3), None), ((0, 3), 1), ((0, 3), (0, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, axis",
+    [
+        *(((0,), 0), ((3, 0), 1), ((0, 3), 0), ((2, 0, 3), 1)),  # empty rows
+        *(((0, 3), 1), ((3, 0), 0)),  # no rows
+        *(((2, 0, 3), None), ((0, 3), (0, 1)), ((2, 0, 3), (0, 2))),
+    ],
+)
 def test_empty(isa, dtype, shape, axis):
     x = np.empty(shape, dtype)
     for function in FAMILY:
@@ -383,7 +389,9 @@ def test_temperature_per_row(isa, dtype):
     x = normal((6, 70), dtype, 5.0)
     t = np.array([0.25, 0.7, 1, 2, 13, 100.0])[:, None]
     for function in FAMILY:
-        want = np.stack([function(row, temperature=float(v)) for row, v in zip(x, t[:, 0], strict=True)])
+        want = np.stack(
+            [function(row, temperature=float(v)) for row, v in zip(x, t[:, 0], strict=True)]
+        )
         assert_same_bits(function(x, temperature=t), want)
         assert_same_bits(function(x, temperature=t.astype(F32).astype(F64)),
                          function(x, temperature=t.astype(F32)))  # fmt: skip

@@ -1,0 +1,53 @@
+/* The constants of exp and log, printed and proved by derive_exp.py, and those that the float format gives. Unused ones are meant to be. */
+#ifndef FSM_EXP_CONSTANTS_H
+#define FSM_EXP_CONSTANTS_H
+
+/* float32: exp(r), |r| <= 0.34664, degree 6, relative error <= 2^-28.2 = 0.0524 * 2^-24 */
+static const float f32_LOG2E = 0x1.715476p+0f;
+static const float f32_LN2_HI = 0x1.62e4p-1f;
+static const float f32_LN2_LO = 0x1.7f7d1cp-20f;
+static const float f32_EXP2 = 0x1.fffffcp-2f;
+static const float f32_EXP3 = 0x1.555492p-3f;
+static const float f32_EXP4 = 0x1.5558acp-5f;
+static const float f32_EXP5 = 0x1.12397cp-7f;
+static const float f32_EXP6 = 0x1.6a5124p-10f;
+static const float f32_ROUND_MAGIC = 0x1.8p23f;     /* a + ROUND_MAGIC - ROUND_MAGIC = rint(a) for |a| < 2^22 */
+static const float f32_HALVES_MAGIC = 0x1.8p22f;    /* the same to multiples of 1/2 */
+static const float f32_ULP2 = 0x1p-22f;             /* ulp(2) */
+static const float f32_EXP_BIG = 1024.0f;           /* above it x - m is exact where it matters */
+static const float f32_EXP_RANGE = 104.0f;          /* exp(-104) < 2^-150: 0 */
+static const float f32_WEIGHTED_RANGE = 300.0f;     /* weights span 2^277 = exp(192): 104 + 192 */
+static const ptrdiff_t f32_EXACT_COARSE = 1 << 17;  /* elements that two levels of the sum are good for: 2^-45 * 2^17 = 2^-28 */
+
+/* float64: exp(r), |r| <= 0.34664, degree 11, relative error <= 2^-57.9 = 0.0332 * 2^-53 */
+static const double f64_LOG2E = 0x1.71547652b82fep+0;
+static const double f64_LN2_HI = 0x1.62e42ffp-1;
+static const double f64_LN2_LO = -0x1.718432a1b0e26p-35;
+static const double f64_EXP2 = 0x1.000000000000ap-1;
+static const double f64_EXP3 = 0x1.555555555550cp-3;
+static const double f64_EXP4 = 0x1.55555555507a5p-5;
+static const double f64_EXP5 = 0x1.111111112481ap-7;
+static const double f64_EXP6 = 0x1.6c16c18438186p-10;
+static const double f64_EXP7 = 0x1.a01a013799fd8p-13;
+static const double f64_EXP8 = 0x1.a0199a0d6e189p-16;
+static const double f64_EXP9 = 0x1.71df0deeeaf88p-19;
+static const double f64_EXP10 = 0x1.28ad608068a2p-22;
+static const double f64_EXP11 = 0x1.ad9d97efd59dbp-26;
+static const double f64_ROUND_MAGIC = 0x1.8p52;
+static const double f64_HALVES_MAGIC = 0x1.8p51;
+static const double f64_ULP2 = 0x1p-51;
+static const double f64_EXP_BIG = 8192.0;
+static const double f64_EXP_RANGE = 746.0;              /* exp(-746) < 2^-1075 */
+static const double f64_WEIGHTED_RANGE = 2200.0;        /* weights span 2^2098 = exp(1454) */
+static const ptrdiff_t f64_EXACT_COARSE = PTRDIFF_MAX;  /* 2^-103 n is small for any n */
+
+/* log f = 2u + u^3 P(u^2), u = (f-1)/(f+1), |u| <= 0.1716, relative error <= 2^-59.4 */
+static const double f64_LOG_P0 = 0x1.5555555555592p-1;
+static const double f64_LOG_P1 = 0x1.999999997ff1fp-2;
+static const double f64_LOG_P2 = 0x1.24924941e1655p-2;
+static const double f64_LOG_P3 = 0x1.c71c5213b88e6p-3;
+static const double f64_LOG_P4 = 0x1.74663d2e55f63p-3;
+static const double f64_LOG_P5 = 0x1.39a1dea6f7488p-3;
+static const double f64_LOG_P6 = 0x1.2f04450c1b0aep-3;
+
+#endif
