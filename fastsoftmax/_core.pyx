@@ -13,9 +13,10 @@ import numpy as np
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
+from libc.stdlib cimport llabs
 from numpy cimport (
     NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16, PyArray_CheckExact, PyArray_DATA, PyArray_DIMS, PyArray_EMPTY, PyArray_ISCARRAY,
-    PyArray_ISCARRAY_RO, PyArray_NDIM, PyArray_SIZE, PyArray_TYPE, ndarray, npy_intp,
+    PyArray_ISCARRAY_RO, PyArray_ITEMSIZE, PyArray_NDIM, PyArray_SIZE, PyArray_TYPE, ndarray, npy_intp,
 )
 
 cnp.import_array()
@@ -97,7 +98,7 @@ cdef int _mark_axes(fsm_problem *problem, axis, int ndim) except -1:
         try:
             one = index(one)
         except TypeError:
-            raise TypeError(f"axis must be an integer, a tuple of integers or None, got {axis!r}") from None
+            raise TypeError(f"axis must be an integer, a tuple of integers or None, got {axis!r} ({type(one).__name__})") from None
         if ndim == 0 and one in (0, -1):  # as NumPy's reductions: a scalar is a row of one
             continue
         if not -ndim <= one < ndim:
@@ -144,9 +145,19 @@ cdef _check_out(out, shape):
         raise ValueError(f"out has shape {out.shape}, the result has {shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only; it must be writeable")
-    if out.size > 1 and 0 in [stride for stride, size in zip(out.strides, out.shape) if size > 1] or np.lib.array_utils \
-            .byte_bounds(out)[1] - np.lib.array_utils.byte_bounds(out)[0] < out.size * out.itemsize:
+    if not (out.flags.c_contiguous or out.flags.f_contiguous) and _overlaps_itself(out):
         raise ValueError("out has elements that share memory with each other")
+
+
+cdef bint _overlaps_itself(out):
+    """Whether two elements share memory: seen, from the smallest stride up, where one does not step over all that the smaller ones reach. May err on
+    the side of True for views that no slicing makes."""
+    reach = out.itemsize
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(out.strides, out.shape) if size > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 cdef _apart(array, out, bint in_place_ok):
@@ -229,36 +240,91 @@ cdef int _run(fsm_problem *problem) except -1:
 
 # ---- the functions ----
 
-cdef ndarray _small(x, axis, out, int log):
-    """softmax of a small contiguous array along its last axis, nothing fused: None if it is not that. The checks are C, the cost that of a call."""
+cdef ndarray _plain(fsm_op op, x, axis, out):
+    """softmax or log_softmax of a C-contiguous array along its last axis, nothing fused; None if it is not that. The checks are C: a small call costs
+    little more than being called."""
     cdef ndarray a, y
-    cdef int kind
-    cdef npy_intp n
+    cdef fsm_problem problem
+    cdef fsm_dtype dtype
+    cdef int kind, d
+    cdef npy_intp n, size, rows
     if not PyArray_CheckExact(x):
         return None
     a = x
     kind = PyArray_TYPE(a)
-    if not (kind == NPY_FLOAT or kind == NPY_DOUBLE or kind == NPY_FLOAT16) or PyArray_NDIM(a) == 0 or not PyArray_ISCARRAY_RO(a):
+    if kind == NPY_FLOAT:
+        dtype = FSM_F32
+    elif kind == NPY_DOUBLE:
+        dtype = FSM_F64
+    elif kind == NPY_FLOAT16:
+        dtype = FSM_F16
+    else:
+        return None
+    size = PyArray_SIZE(a)
+    if PyArray_NDIM(a) == 0 or size == 0 or not PyArray_ISCARRAY_RO(a):
         return None
     if type(axis) is not int or (axis != -1 and axis != PyArray_NDIM(a) - 1):
         return None
-    if PyArray_SIZE(a) == 0 or not fsm_is_small(PyArray_SIZE(a)):
-        return None
     if out is None:
         y = PyArray_EMPTY(PyArray_NDIM(a), PyArray_DIMS(a), kind, 0)
-    elif out is x:
-        if not PyArray_ISCARRAY(a):
-            return None
-        y = a
     else:
-        return None
+        if not PyArray_CheckExact(out):
+            return None
+        y = out
+        if PyArray_TYPE(y) != kind or PyArray_NDIM(y) != PyArray_NDIM(a) or not PyArray_ISCARRAY(y):
+            return None
+        for d in range(PyArray_NDIM(a)):
+            if PyArray_DIMS(y)[d] != PyArray_DIMS(a)[d]:
+                return None
+        if y is not a and llabs(<char *>PyArray_DATA(y) - <char *>PyArray_DATA(a)) < size * PyArray_ITEMSIZE(a):
+            return None
     n = PyArray_DIMS(a)[PyArray_NDIM(a) - 1]
-    fsm_softmax_small(_active, FSM_F32 if kind == NPY_FLOAT else FSM_F64 if kind == NPY_DOUBLE else FSM_F16, log,
-                      PyArray_DATA(a), PyArray_DATA(y), PyArray_SIZE(a) // n, n)
+    rows = size // n
+    if fsm_is_small(size):
+        fsm_softmax_small(_active, dtype, op == FSM_LOG_SOFTMAX, PyArray_DATA(a), PyArray_DATA(y), rows, n)
+        return y
+    problem.op = op
+    problem.compute = FSM_F64 if dtype == FSM_F64 else FSM_F32
+    problem.ndim = 2
+    for d in range(FSM_OPERAND_COUNT):
+        problem.operand[d].data = NULL
+    problem.shape[0], problem.shape[1] = rows, n
+    problem.reduced[0], problem.reduced[1] = 0, 1
+    problem.operand[<int>FSM_X].data, problem.operand[<int>FSM_OUT].data = <char *>PyArray_DATA(a), <char *>PyArray_DATA(y)
+    for d in (<int>FSM_X, <int>FSM_OUT):
+        problem.operand[d].dtype = dtype
+        problem.operand[d].strides[0] = n * PyArray_ITEMSIZE(a)
+        problem.operand[d].strides[1] = PyArray_ITEMSIZE(a)
+    _run(&problem)
     return y
 
 
+cdef extern from "<fenv.h>" nogil:
+    ctypedef struct fexcept_t:
+        pass
+    int FE_ALL_EXCEPT
+    int fegetexceptflag(fexcept_t *flags, int which)
+    int fesetexceptflag(const fexcept_t *flags, int which)
+
+
+cdef class _FlagsKept:
+    """Context manager: the floating-point status flags afterwards are those from before, although NumPy's arithmetic clears them."""
+
+    cdef fexcept_t flags
+
+    def __enter__(self):
+        fegetexceptflag(&self.flags, FE_ALL_EXCEPT)
+
+    def __exit__(self, *exc_info):
+        fesetexceptflag(&self.flags, FE_ALL_EXCEPT)
+
+
 cdef _softmax(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
+    with _FlagsKept():
+        return _softmax_any(op, x, axis, bias, where, temperature, dtype, out, negate)
+
+
+cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
     cdef fsm_problem problem
     cdef int d
     cdef ndarray a = _as_array(x, "x")
@@ -362,7 +428,7 @@ def softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=Non
     """
     cdef ndarray y
     if bias is None and where is None and temperature is None and dtype is None:
-        y = _small(x, axis, out, 0)
+        y = _plain(FSM_SOFTMAX, x, axis, out)
         if y is not None:
             return y
     return _softmax(FSM_SOFTMAX, x, axis, bias, where, temperature, dtype, out, False)
@@ -403,7 +469,7 @@ def log_softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype
     """
     cdef ndarray y
     if bias is None and where is None and temperature is None and dtype is None:
-        y = _small(x, axis, out, 1)
+        y = _plain(FSM_LOG_SOFTMAX, x, axis, out)
         if y is not None:
             return y
     return _softmax(FSM_LOG_SOFTMAX, x, axis, bias, where, temperature, dtype, out, False)
@@ -482,9 +548,13 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
     >>> float(value.round(4)), float(sign)
     (1.5413, -1.0)
     """
+    with _FlagsKept():
+        return _logsumexp(x, axis, b, where, bool(keepdims), dtype, out, bool(return_sign))
+
+
+cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
     cdef fsm_problem problem
     cdef int d
-    cdef bint keep = bool(keepdims), signed = bool(return_sign)
     cdef ndarray a = _as_array(x, "x")
     shape = np.shape(a)
     problem.op = FSM_LOGSUMEXP if b is None else FSM_LOGSUMEXP_WEIGHTED
@@ -533,6 +603,11 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
 
 
 cdef _backward(fsm_op op, grad, y, axis, temperature, out):
+    with _FlagsKept():
+        return _backward_any(op, grad, y, axis, temperature, out)
+
+
+cdef _backward_any(fsm_op op, grad, y, axis, temperature, out):
     cdef fsm_problem problem
     cdef int d
     cdef ndarray g = _as_array(grad, "grad"), v = _as_array(y, "y")

@@ -133,7 +133,7 @@ FSM_INLINE void backward_map(int log, const fsm_state *st, const fsm_tile *t) {
             const vec a = load_part(x + s * w.stride, k), b = load_part(y + s * w.stride, k);
             vec d;
             if (log) { /* y > 0 is no log-probability; min(y, 1) keeps exp in its range. y - y: exp_vec reads NaN as 0 */
-                vec p = exp_vec(v_sub(v_set1(0), v_max(v_sub(v_set1(0), b), v_set1(-1))), r0);
+                vec p = exp_vec(v_sub(v_set1(0), v_max(v_sub(v_set1(0), b), v_set1(-1))), r0, 0);
                 d = v_add(v_fnma(p, lo, v_fnma(p, hi, a)), v_sub(b, b));
                 d = v_unless(b, v_set1(-INFINITY), v_canon(v_mul(d, r)));
             } else {
@@ -147,8 +147,8 @@ FSM_INLINE void backward_map(int log, const fsm_state *st, const fsm_tile *t) {
 }
 
 static void softmax_backward_max(fsm_state *st, const fsm_tile *t) { backward_max(0, st, t); }
-static void softmax_backward_sum(fsm_state *st, const fsm_tile *t) { backward_sum(0, st, t, st->n > EXACT_COARSE); }
+static void softmax_backward_sum(fsm_state *st, const fsm_tile *t) { backward_sum(0, st, t, FSM_BITS == 32 && st->n > EXACT_COARSE); }
 static void softmax_backward_map(const fsm_state *st, const fsm_tile *t) { backward_map(0, st, t); }
 static void log_backward_max(fsm_state *st, const fsm_tile *t) { backward_max(1, st, t); }
-static void log_backward_sum(fsm_state *st, const fsm_tile *t) { backward_sum(1, st, t, st->n > EXACT_COARSE); }
+static void log_backward_sum(fsm_state *st, const fsm_tile *t) { backward_sum(1, st, t, FSM_BITS == 32 && st->n > EXACT_COARSE); }
 static void log_backward_map(const fsm_state *st, const fsm_tile *t) { backward_map(1, st, t); }

@@ -6,19 +6,18 @@
  *
  *     e = exp(x - m) = 2^n exp(r),    n = rint(x log2 e - m log2 e),    r = x - m - n ln2 in [-0.3467, 0.3467]
  *
- * and r is put together from parts that are exact (Cody & Waite's reduction, shared between x and m): with q = m log2 e rounded to a multiple of 1/2
+ * and r is put together from parts that are exact (Cody & Waite's reduction, shared between x and m): with q = m log2 e rounded to a multiple of 1/64
  *
- *     r = (x - (n + q) LN2_HI) - (m - q LN2_HI) - n LN2_LO
+ *     r = s + low,    s = x - (n + q) LN2_HI,    low = -n LN2_LO - (m - q LN2_HI)
  *
- * The second bracket, |.| <= 0.174, is a constant of the row. LN2_HI has 17 bits (float64: 33), so both brackets and their difference
- * are multiples of a number so coarse that they are exact; only in x, or m, below 1/4 there may be finer bits, and a rounding of 2^-26 (2^-55) each.
- * For |m| >= EXP_BIG the plain difference x - m takes the place of x and 0 that of m: it
- * is exact wherever the result is not 0 (Sterbenz: x is within a factor of 2 of m). One code serves both: d = x - c with c = 0 or m.
+ * The bracket, at most 0.0055, is a constant of the row. LN2_HI has 17 bits (float64: 33), so it and s are multiples of a number so coarse that
+ * they are exact; only in x below 1/4 there may be finer bits, and a rounding of 2^-26 (2^-55). low is small, and its rounding smaller than
+ * 2^-32 (2^-61). For |m| >= EXP_BIG the plain difference x - m takes the place of x and 0 that of m: it is exact wherever the result is not 0 (Sterbenz: x is within a factor of 2 of m). One code serves both: d = x - c with c = 0 or m.
  * d is clamped at EXP_RANGE below the maximum, where e is 0, so that -inf needs no branch.
  *
- * With s = r + n LN2_LO, which is exact, p(r) = 1 + (s + (r^2 q(r) - n LN2_LO)) is a minimax polynomial (derive_exp.py), added up so that next to the
- * rounding of e itself there is one of 2^-26 (2^-55) only: e is within 1.25 * 2^-24 (2^-53), relative, of exp(x - m) (tests/test_exp.py).
- * At the maximum r = 0 and e = 1, exactly. e is rounded once into the subnormals, not flushed.
+ * p = 1 + (s + (r^2 q(r) + low)) is a minimax polynomial (derive_exp.py), added up so that next to the rounding of e itself there is one of
+ * 2^-26 (2^-55) only: e is within 1.25 * 2^-24 (2^-53), relative, of exp(x - m) (tests/test_exp.py). At the maximum r = 0 and e = 1, exactly.
+ * e is rounded once more if it is subnormal, and not flushed.
  *
  * A sum that has no order
  * -----------------------
@@ -40,8 +39,7 @@
 #define EXP4 FSM_NAME(EXP4)
 #define EXP5 FSM_NAME(EXP5)
 #define EXP6 FSM_NAME(EXP6)
-#define ROUND_MAGIC FSM_NAME(ROUND_MAGIC)
-#define HALVES_MAGIC FSM_NAME(HALVES_MAGIC)
+#define GRID_MAGIC FSM_NAME(GRID_MAGIC)
 #define ULP2 FSM_NAME(ULP2)
 #define EXP_BIG FSM_NAME(EXP_BIG)
 #define EXP_RANGE FSM_NAME(EXP_RANGE)
@@ -63,7 +61,7 @@
 #define sum_value FSM_NAME(sum_value)
 #define sum_less_one FSM_NAME(sum_less_one)
 
-/* The constants of a row: what is subtracted first, the clamp, (m - c) log2 e, q, and (m - c) - q LN2_HI. */
+/* The constants of a row: what is subtracted first, the clamp, (m - c) log2 e, q, and q LN2_HI - (m - c). */
 typedef struct {
     real c, lo, ml, q, rest;
 } exp_ref;
@@ -71,22 +69,22 @@ typedef struct {
     vec c, lo, ml, q, rest;
 } exp_vref;
 
-/* q LN2_HI and the difference are exact: q has 13 bits at the most, and the two are close. */
+/* The difference is exact, since its terms are close; q LN2_HI has its 24 bits (float64: 52) at the most: |q| < 1478 (11819), in 64ths. */
 FSM_INLINE exp_ref exp_reference(real m, real range) {
-    const real c = (m < 0 ? -m : m) >= EXP_BIG ? m : 0, d = m - c, ml = d * LOG2E, q = (ml + HALVES_MAGIC) - HALVES_MAGIC;
-    return (exp_ref){c, d - range, ml, q, d - q * LN2_HI};
+    const real c = (m < 0 ? -m : m) >= EXP_BIG ? m : 0, d = m - c, ml = d * LOG2E, q = (ml + GRID_MAGIC) - GRID_MAGIC;
+    return (exp_ref){c, d - range, ml, q, q * LN2_HI - d};
 }
 
 FSM_INLINE exp_vref exp_broadcast(exp_ref r) {
     return (exp_vref){v_set1(r.c), v_set1(r.lo), v_set1(r.ml), v_set1(r.q), v_set1(r.rest)};
 }
 
-/* Returns p in [0.70, 1.42], and n: exp(x - m) = p 2^n. NaN is read as the clamp: rows that have one are finished elsewhere. */
-FSM_INLINE vec exp_parts(vec x, exp_vref ref, vec *n) {
-    const vec d = v_max(v_sub(x, ref.c), ref.lo);
-    *n = v_sub(v_add(v_fms(d, v_set1(LOG2E), ref.ml), v_set1(ROUND_MAGIC)), v_set1(ROUND_MAGIC));
-    const vec s = v_sub(v_fnma(v_add(*n, ref.q), v_set1(LN2_HI), d), ref.rest);
-    const vec low = v_mul(*n, v_set1(-LN2_LO)), r = v_add(s, low);
+/* Returns p in [0.70, 1.42], and n: exp(x - m) = p 2^n. NaN is read as the clamp: rows that have one are finished elsewhere. shift == 0 saves
+ * the subtraction of c where it is known to be 0. */
+FSM_INLINE vec exp_parts(vec x, exp_vref ref, vec *n, int shift) {
+    const vec d = v_max(shift ? v_sub(x, ref.c) : x, ref.lo);
+    *n = v_rint(v_fms(d, v_set1(LOG2E), ref.ml));
+    const vec s = v_fnma(v_add(*n, ref.q), v_set1(LN2_HI), d), low = v_fnma(*n, v_set1(LN2_LO), ref.rest), r = v_add(s, low);
 #if FSM_BITS == 32
     vec p = v_set1(EXP6);
 #else
@@ -104,8 +102,8 @@ FSM_INLINE vec exp_parts(vec x, exp_vref ref, vec *n) {
     return v_add(v_add(s, v_fma(v_mul(r, r), p, low)), v_set1(1)); /* r's rounding does not get in at first order */
 }
 
-FSM_INLINE vec exp_vec(vec x, exp_vref ref) {
-    vec n, p = exp_parts(x, ref, &n);
+FSM_INLINE vec exp_vec(vec x, exp_vref ref, int shift) {
+    vec n, p = exp_parts(x, ref, &n, shift);
     return v_scalb(p, n);
 }
 
@@ -122,7 +120,7 @@ FSM_INLINE vsum vsum_zero(void) { return (vsum){{v_set1_int(0), v_set1_int(0), v
 
 /* base: 2 for e in [0, 1], 3 for |e| < 1. fine: the third level. */
 FSM_INLINE void vsum_add(vsum *s, vec e, real base, int fine) {
-    vec t = v_add(e, v_set1(base));
+    vec t = v_add_m(e, v_set1(base));
     vec u = v_sub(e, v_sub(t, v_set1(base + 3 * ULP2)));
     s->part[0] = v_add_int(s->part[0], v_bits(t));
     s->part[1] = v_add_int(s->part[1], v_bits(u));

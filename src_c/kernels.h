@@ -54,6 +54,7 @@ typedef struct {
     void *out;     /* may be x, y or e */
     fsm_dtype out_dtype;
     const void *scale; /* backward: 1/temperature per lane, compute type */
+    const void *ahead; /* what will be read next, a hint; NULL if that is not known */
 } fsm_tile;
 
 typedef struct {

@@ -32,6 +32,7 @@ FSM_INLINE void rows_long(fsm_op op, const fsm_rows *w) {
     for (ptrdiff_t r = 0, kept = 0; r < w->rows; r++) {
         char *out = w->out + r * w->out_stride;
         fsm_tile t = {.n = w->n, .x = w->x + r * w->x_stride, .x_dtype = w->x_dtype, .out = out, .out_dtype = w->out_dtype};
+        if (r + 1 < w->rows) t.ahead = (const char *)t.x + w->x_stride;
         if (op == FSM_SOFTMAX) t.e = w->out_dtype == REAL_DTYPE ? (void *)out : w->scratch;
         begin_state(&st, 1, w->n);
         rows_pass(op, &st, &t, op != FSM_LOGSUMEXP);
@@ -107,6 +108,6 @@ static void exp_array(void *out, const void *x, ptrdiff_t n) {
     const exp_vref r = exp_broadcast(exp_reference(0, EXP_RANGE));
     for (ptrdiff_t i = 0; i < n; i += VL) {
         const ptrdiff_t k = n - i < VL ? n - i : VL;
-        store_as(REAL_DTYPE, out, i, k, exp_vec(load_as(REAL_DTYPE, x, i, k, v_set1(0)), r));
+        store_as(REAL_DTYPE, out, i, k, exp_vec(load_as(REAL_DTYPE, x, i, k, v_set1(0)), r, 0));
     }
 }

@@ -46,12 +46,12 @@ FSM_INLINE real row_max_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
         for (int j = 0; j < 4; j++) {
             vec a = load_as(dtype, x, i + j * VL, VL, least);
             m[j] = v_max(a, m[j]);
-            s[j] = v_add(s[j], a);
+            s[j] = v_add_m(a, s[j]);
         }
     for (; i < n; i += VL) {
         vec a = load_as(dtype, x, i, n - i < VL ? n - i : VL, least);
         m[0] = v_max(a, m[0]);
-        s[0] = v_add(s[0], a);
+        s[0] = v_add_m(a, s[0]);
     }
     real total = v_hsum(v_add(v_add(s[0], s[1]), v_add(s[2], s[3])));
     if (total != total)
@@ -77,7 +77,7 @@ static void lane_max(real *max, int lanes, const real *x, ptrdiff_t n) {
         for (ptrdiff_t i = 0; i < n; i++) {
             vec a = v_load(x + i * lanes + g);
             m = v_max(a, m);
-            s = v_add(s, a);
+            s = v_add_m(a, s);
         }
         real suspect[VL];
         v_store(suspect, s);
@@ -91,8 +91,9 @@ static void lane_max(real *max, int lanes, const real *x, ptrdiff_t n) {
 
 /* ---- sum of exp ---- */
 
-/* e may be NULL; e == x is fine. */
-FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum, int fine) {
+/* e may be NULL; e == x is fine. `ahead` is where the next row to be read lies, or x: fetching it now overlaps memory with arithmetic. */
+FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, const void *ahead, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum,
+                           int shift, int fine) {
     const exp_vref r = exp_broadcast(ref);
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t left = n - i, end = i + (left < FOLD_EVERY * VL ? left : FOLD_EVERY * VL);
@@ -100,13 +101,14 @@ FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         ptrdiff_t adds = 0;
         for (; i + 4 * VL <= end; i += 4 * VL, adds += 4)
             for (int j = 0; j < 4; j++) {
-                vec a = exp_vec(load_as(dtype, x, i + j * VL, VL, v_set1(0)), r);
+                vec a = exp_vec(load_as(dtype, x, i + j * VL, VL, v_set1(0)), r, shift);
+                prefetch_as(dtype, ahead, i + j * VL);
                 if (e) v_store(e + i + j * VL, a);
                 vsum_add(&s, a, 2, fine);
             }
         for (; i < end; i += VL, adds++) {
             ptrdiff_t k = end - i < VL ? end - i : VL;
-            vec a = exp_vec(load_as(dtype, x, i, k, v_set1(-INFINITY)), r); /* lanes past the end add 0 */
+            vec a = exp_vec(load_as(dtype, x, i, k, v_set1(-INFINITY)), r, shift); /* lanes past the end add 0 */
             if (e) store_as(REAL_DTYPE, e, i, k, a);
             vsum_add(&s, a, 2, fine);
         }
@@ -115,11 +117,12 @@ FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
     }
 }
 
-static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum, int fine) {
+static void row_sum(fsm_dtype dtype, real *e, const void *x, const void *ahead, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum, int fine) {
 #define CALL(DTYPE)                                                                                                                \
-    if (fine) row_sum_as(DTYPE, e, x, n, ref, sum, 1);                                                                             \
-    else if (e) row_sum_as(DTYPE, e, x, n, ref, sum, 0);                                                                           \
-    else row_sum_as(DTYPE, NULL, x, n, ref, sum, 0)
+    if (FSM_BITS == 32 && fine) row_sum_as(DTYPE, e, x, ahead, n, ref, sum, 1, 1);                                                 \
+    else if (ref.c != 0) row_sum_as(DTYPE, e, x, ahead, n, ref, sum, 1, 0);                                                        \
+    else if (e) row_sum_as(DTYPE, e, x, ahead, n, ref, sum, 0, 0);                                                                 \
+    else row_sum_as(DTYPE, NULL, x, ahead, n, ref, sum, 0, 0)
     SWITCH_DTYPE(dtype, CALL)
 #undef CALL
 }
@@ -151,7 +154,7 @@ FSM_INLINE void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int
             const ptrdiff_t end = i + (n - i < FOLD_EVERY ? n - i : FOLD_EVERY), adds = end - i;
             vsum s = vsum_zero();
             for (; i < end; i++) {
-                vec a = exp_vec(v_load(x + i * lanes + g), r);
+                vec a = exp_vec(v_load(x + i * lanes + g), r, 1);
                 if (e) v_store(e + i * lanes + g, a);
                 vsum_add(&s, a, 2, fine);
             }
@@ -192,10 +195,16 @@ FSM_INLINE void row_map_as(fsm_dtype out_dtype, void *out, fsm_dtype dtype, cons
                            map_ref map) {
     const exp_vref r = exp_broadcast(ref);
     const map_vref mr = {v_set1(map.a), v_set1(map.b)};
-    for (ptrdiff_t i = 0; i < n; i += VL) {
+    ptrdiff_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        for (int j = 0; j < 4; j++) {
+            vec a = load_as(dtype, x, i + j * VL, VL, v_set1(0));
+            store_as(out_dtype, out, i + j * VL, VL, map_vec(log, exp ? exp_vec(a, r, 1) : a, mr));
+        }
+    for (; i < n; i += VL) {
         const ptrdiff_t k = n - i < VL ? n - i : VL;
         vec a = load_as(dtype, x, i, k, v_set1(0));
-        store_as(out_dtype, out, i, k, map_vec(log, exp ? exp_vec(a, r) : a, mr));
+        store_as(out_dtype, out, i, k, map_vec(log, exp ? exp_vec(a, r, 1) : a, mr));
     }
 }
 
@@ -223,7 +232,7 @@ FSM_INLINE void lane_map(const fsm_state *st, real *out, const real *x, ptrdiff_
         const map_vref mr = {v_load(LANE(st->value[0]) + g), v_load(LANE(st->value[1]) + g)};
         for (ptrdiff_t i = 0; i < n; i++) {
             vec a = v_load(x + i * lanes + g);
-            v_store(out + i * lanes + g, map_vec(log, exp ? exp_vec(a, r) : a, mr));
+            v_store(out + i * lanes + g, map_vec(log, exp ? exp_vec(a, r, 1) : a, mr));
         }
     }
 }
@@ -281,8 +290,8 @@ static void reference_pass(fsm_state *st) {
 static void sum_pass(fsm_state *st, const fsm_tile *t) {
     const int fine = st->n > EXACT_COARSE;
     if (st->lanes == 1)
-        row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st), &st->sum, fine);
-    else if (fine) lane_sum(st, t->e, t->x, t->n, 1);
+        row_sum(t->x_dtype, t->e, t->x, t->ahead ? t->ahead : t->x, t->n, row_ref(st), &st->sum, fine);
+    else if (FSM_BITS == 32 && fine) lane_sum(st, t->e, t->x, t->n, 1);
     else lane_sum(st, t->e, t->x, t->n, 0);
 }
 

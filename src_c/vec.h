@@ -4,6 +4,8 @@
  *     vec, ivec          a vector of FSM_TYPE, and of integers of the same width;  VL is the number of lanes
  *     v_load/v_store     contiguous, any alignment;  _n: the first n < VL lanes, the others read as `fill` and no byte of them is touched
  *     v_fma(a, b, c)     a * b + c, v_fms  a * b - c, v_fnma  c - a * b, each rounded once
+ *     v_add_m(a, b)      a + b, done by the multipliers where these and the adders are apart (AMD Zen): balances a loop full of additions
+ *     v_rint(a)          the nearest integer, ties to even; |a| < 2^22 (float64: 2^51)
  *     v_max(a, b)        a > b ? a : b, so b where either is NaN
  *     v_scalb(p, n)      p * 2^n, rounded once, also into the subnormals; p in [1/2, 4), n an integer in [-200, 1] (float64: [-1500, 1])
  *     v_unless(a, k, b)  a != k ? b : 0;  v_canon(a): a, its NaNs made the canonical one
@@ -24,6 +26,13 @@
 #define FSM_INLINE static inline __attribute__((always_inline))
 #endif
 
+/* Asks for the cache line of an address, which need not be readable. */
+#if defined(__GNUC__)
+#define FSM_PREFETCH(p) __builtin_prefetch(p)
+#else
+#define FSM_PREFETCH(p) ((void)(p))
+#endif
+
 #define FSM_PASTE_(a, b) a##_##b
 #define FSM_PASTE(a, b) FSM_PASTE_(a, b)
 #define FSM_NAME(name) FSM_PASTE(FSM_TYPE, name)
@@ -40,6 +49,7 @@
 #define v_load_n FSM_NAME(load_n)
 #define v_store_n FSM_NAME(store_n)
 #define v_add FSM_NAME(add)
+#define v_add_m FSM_NAME(add_m)
 #define v_sub FSM_NAME(sub)
 #define v_mul FSM_NAME(mul)
 #define v_fma FSM_NAME(fma)
@@ -47,6 +57,7 @@
 #define v_fnma FSM_NAME(fnma)
 #define v_max FSM_NAME(max)
 #define v_abs FSM_NAME(abs)
+#define v_rint FSM_NAME(rint)
 #define v_scalb FSM_NAME(scalb)
 #define v_unless FSM_NAME(unless)
 #define v_canon FSM_NAME(canon)

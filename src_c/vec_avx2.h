@@ -27,6 +27,8 @@ FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
 }
 FSM_INLINE void f32_store_n(void *p, f32_vec a, ptrdiff_t n) { _mm256_maskstore_ps(p, f32_first(n), a); }
 FSM_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return _mm256_add_ps(a, b); }
+FSM_INLINE f32_vec f32_add_m(f32_vec a, f32_vec b) { return _mm256_fmadd_ps(a, _mm256_set1_ps(1), b); }
+FSM_INLINE f32_vec f32_rint(f32_vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FSM_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm256_sub_ps(a, b); }
 FSM_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm256_mul_ps(a, b); }
 FSM_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -74,6 +76,8 @@ FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) {
 }
 FSM_INLINE void f64_store_n(void *p, f64_vec a, ptrdiff_t n) { _mm256_maskstore_pd(p, f64_first(n), a); }
 FSM_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return _mm256_add_pd(a, b); }
+FSM_INLINE f64_vec f64_add_m(f64_vec a, f64_vec b) { return _mm256_fmadd_pd(a, _mm256_set1_pd(1), b); }
+FSM_INLINE f64_vec f64_rint(f64_vec a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FSM_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm256_sub_pd(a, b); }
 FSM_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm256_mul_pd(a, b); }
 FSM_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fmadd_pd(a, b, c); }

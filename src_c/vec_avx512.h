@@ -21,6 +21,8 @@ FSM_INLINE void f32_store(void *p, f32_vec a) { _mm512_storeu_ps(p, a); }
 FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) { return _mm512_mask_loadu_ps(fill, f32_first(n), p); }
 FSM_INLINE void f32_store_n(void *p, f32_vec a, ptrdiff_t n) { _mm512_mask_storeu_ps(p, f32_first(n), a); }
 FSM_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return _mm512_add_ps(a, b); }
+FSM_INLINE f32_vec f32_add_m(f32_vec a, f32_vec b) { return _mm512_fmadd_ps(a, _mm512_set1_ps(1), b); }
+FSM_INLINE f32_vec f32_rint(f32_vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FSM_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm512_sub_ps(a, b); }
 FSM_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm512_mul_ps(a, b); }
 FSM_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -51,6 +53,8 @@ FSM_INLINE void f64_store(void *p, f64_vec a) { _mm512_storeu_pd(p, a); }
 FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) { return _mm512_mask_loadu_pd(fill, f64_first(n), p); }
 FSM_INLINE void f64_store_n(void *p, f64_vec a, ptrdiff_t n) { _mm512_mask_storeu_pd(p, f64_first(n), a); }
 FSM_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return _mm512_add_pd(a, b); }
+FSM_INLINE f64_vec f64_add_m(f64_vec a, f64_vec b) { return _mm512_fmadd_pd(a, _mm512_set1_pd(1), b); }
+FSM_INLINE f64_vec f64_rint(f64_vec a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FSM_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm512_sub_pd(a, b); }
 FSM_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm512_mul_pd(a, b); }
 FSM_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmadd_pd(a, b, c); }

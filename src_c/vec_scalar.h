@@ -12,7 +12,7 @@ typedef double f64_vec;
 typedef int64_t f64_ivec;
 
 /* Both types have the same thirty lines but for the type, its bits, and the name of fma. Sums of integers wrap by design: unsigned. */
-#define FSM_SCALAR_OPS(T, REAL, INT, UINT, FMA, FABS)                                                                              \
+#define FSM_SCALAR_OPS(T, REAL, INT, UINT, FMA, FABS, MAGIC)                                                                              \
     FSM_INLINE REAL T##_set1(REAL a) { return a; }                                                                                 \
     FSM_INLINE REAL T##_load(const void *p) {                                                                                      \
         REAL a;                                                                                                                    \
@@ -25,6 +25,8 @@ typedef int64_t f64_ivec;
         if (n) T##_store(p, a);                                                                                                    \
     }                                                                                                                              \
     FSM_INLINE REAL T##_add(REAL a, REAL b) { return a + b; }                                                                      \
+    FSM_INLINE REAL T##_add_m(REAL a, REAL b) { return a + b; }                                                                    \
+    FSM_INLINE REAL T##_rint(REAL a) { return (a + MAGIC) - MAGIC; }                                                               \
     FSM_INLINE REAL T##_sub(REAL a, REAL b) { return a - b; }                                                                      \
     FSM_INLINE REAL T##_mul(REAL a, REAL b) { return a * b; }                                                                      \
     FSM_INLINE REAL T##_fma(REAL a, REAL b, REAL c) { return FMA(a, b, c); }                                                       \
@@ -53,8 +55,8 @@ typedef int64_t f64_ivec;
     FSM_INLINE int64_t T##_sum_int(INT a) { return a; }                                                                            \
     FSM_INLINE void T##_transpose(REAL r[1]) { (void)r; }
 
-FSM_SCALAR_OPS(f32, float, int32_t, uint32_t, fmaf, fabsf)
-FSM_SCALAR_OPS(f64, double, int64_t, uint64_t, fma, fabs)
+FSM_SCALAR_OPS(f32, float, int32_t, uint32_t, fmaf, fabsf, 0x1.8p23f)
+FSM_SCALAR_OPS(f64, double, int64_t, uint64_t, fma, fabs, 0x1.8p52)
 
 /* n + 64 goes into the exponent field, where p stays normal for every n allowed; the product with 2^-64 then rounds once. 1.5 * 2^23 + n has
  * n in its low bits. */

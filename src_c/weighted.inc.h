@@ -61,7 +61,7 @@ static void weighted_max2(fsm_state *st, const fsm_tile *t) {
         for (ptrdiff_t s = 0; s < w.steps; s++) {
             const ptrdiff_t k = s == w.steps - 1 ? w.tail : VL;
             vec n, m, j;
-            exp_parts(load_part(x + s * w.stride, k), r, &n);
+            exp_parts(load_part(x + s * w.stride, k), r, &n, 1);
             split_weights(y + s * w.stride, k, &m, &j);
             most = v_max(v_add(n, j), most);
         }
@@ -85,7 +85,7 @@ FSM_INLINE void weighted_sum_fine(fsm_state *st, const fsm_tile *t, int fine) {
             vsum sum = vsum_zero();
             for (; s < end; s++) {
                 const ptrdiff_t k = s == w.steps - 1 ? w.tail : VL;
-                vec n, m, j, p = exp_parts(load_part(x + s * w.stride, k), r, &n);
+                vec n, m, j, p = exp_parts(load_part(x + s * w.stride, k), r, &n, 1);
                 split_weights(y + s * w.stride, k, &m, &j);
                 n = v_max(v_sub(v_sub(v_add(n, j), most), v_set1(2)), v_set1(SCALB_MIN)); /* |p m| < 4: the term is below 1 */
                 vsum_add(&sum, v_unless(m, v_set1(0), v_scalb(v_mul(p, m), n)), 3, fine);
@@ -95,7 +95,7 @@ FSM_INLINE void weighted_sum_fine(fsm_state *st, const fsm_tile *t, int fine) {
     }
 }
 static void weighted_sum(fsm_state *st, const fsm_tile *t) {
-    if (st->n > EXACT_COARSE) weighted_sum_fine(st, t, 1);
+    if (FSM_BITS == 32 && st->n > EXACT_COARSE) weighted_sum_fine(st, t, 1);
     else weighted_sum_fine(st, t, 0);
 }
 

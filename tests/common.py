@@ -1,6 +1,6 @@
 """Plain helpers that every test file may import: dtypes, bits, buffers beside a guard page.
 
-Fixtures (``isa``, ``record_max``) live in conftest.py; nothing here knows pytest's machinery.
+Fixtures (``isa``, ``record_max``, ``threads``) live in conftest.py.
 """
 
 import ctypes
@@ -8,6 +8,7 @@ import mmap
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import fastsoftmax as fs
 from fastsoftmax import _core
@@ -50,6 +51,10 @@ PUBLIC = (
 
 # np.longdouble is wider than float64 only where the hardware has x87 (or a software quad).
 WIDE = np.longdouble if np.finfo(np.longdouble).nmant >= 63 else np.float64
+
+
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name)
+the_family = pytest.mark.parametrize("function", FAMILY, ids=lambda f: f.__name__)
 
 
 def compute_type(dtype):

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, settings
 
 import fastsoftmax
 
-# CI draws the same examples in every run; at home each run draws new ones.
+# The same examples in every run, so that a failure is the change's. To search for new ones:
+# HYPOTHESIS_PROFILE=search python -m pytest tests/test_hypothesis.py
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
-settings.register_profile("ci", derandomize=True, database=None, **_COMMON)
-settings.register_profile("dev", **_COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+settings.register_profile("ci", derandomize=True, database=None, max_examples=120, **_COMMON)
+settings.register_profile("search", max_examples=3000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 _MAXIMA = pytest.StashKey[dict]()
 

@@ -101,6 +101,14 @@ def rows(name, dtype, lengths):
     return [(x, reference.softmax(x, precise=WIDE)) for x in xs]
 
 
+@lru_cache(maxsize=1)
+def millions_of_tiny_terms(dtype):
+    """Terms halfway between two multiples of 2^-44: what is dropped never cancels."""
+    x = np.full(5_000_000, np.log(1.49 * 2.0**-44), dtype)
+    x[1_000_000] = 0
+    return x, reference.softmax(x, precise=WIDE)
+
+
 # --- softmax --------------------------------------------------------------------------------------
 
 
@@ -121,6 +129,14 @@ def test_published_distributions_long_rows(isa, dtype, name, record_max):
         record_max(f"softmax {dtype.name}, long rows", errors, PUBLISHED, (name, x.shape))
         total = float(abs(got.sum(dtype=WIDE) - 1))
         record_max("|sum - 1|, n up to 1e6", total * 2**24, SUM_OF_ROW * 2**24, name, "* 2^-24")
+
+
+@pytest.mark.parametrize("dtype", MEASURABLE, ids=dtype_id)
+def test_millions_of_tiny_terms(isa, dtype, record_max):
+    """Past 2^20 entries what each one drops from a sum in multiples of 2^-44 would be seen."""
+    x, true = millions_of_tiny_terms(dtype)
+    errors = reference.ulp_error(fs.softmax(x), true, dtype)
+    record_max(f"softmax {dtype.name}, long rows", errors, PUBLISHED, "tiny terms")
 
 
 @pytest.mark.parametrize("name", FIT_FOR_HALVES)

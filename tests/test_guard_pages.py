@@ -16,11 +16,10 @@ from common import (
     F16,
     F32,
     F64,
-    FLOATS,
     HALVES,
     GuardedPages,
     assert_same_bits,
-    dtype_id,
+    every_dtype,
     normal,
 )
 
@@ -32,7 +31,6 @@ INNER = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 23, 31, 32, 33, 48, 63, 65)
 ROWS = (1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 33, 47, 64, 65, 100, 129)
 
 both_ends = pytest.mark.parametrize("at", ["start", "end"])
-every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from common import (
     F32,
     F64,
     FAMILY,
-    FLOATS,
     SINGLES,
     SMALLEST_SUBNORMAL,
     assert_canonical_nan,
@@ -26,6 +25,7 @@ from common import (
     assert_same_bits,
     bits,
     dtype_id,
+    every_dtype,
     normal,
 )
 
@@ -33,8 +33,6 @@ import fastsoftmax as fs
 
 NAN, INF = np.nan, np.inf
 LENGTHS = (2, 5, 16, 40, 70, 300, 2100)
-
-every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 
 
 class Batch:
