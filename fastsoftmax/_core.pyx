@@ -286,7 +286,7 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
     problem.op = op
     problem.compute = FSM_F64 if dtype == FSM_F64 else FSM_F32
     problem.ndim = 2
-    for d in range(FSM_OPERAND_COUNT):
+    for d in range(<int>FSM_OPERAND_COUNT):
         problem.operand[d].data = NULL
     problem.shape[0], problem.shape[1] = rows, n
     problem.reduced[0], problem.reduced[1] = 0, 1

@@ -137,7 +137,7 @@ FSM_INLINE void backward_map(int log, const fsm_state *st, const fsm_tile *t) {
                 d = v_add(v_fnma(p, lo, v_fnma(p, hi, a)), v_sub(b, b));
                 d = v_unless(b, v_set1(-INFINITY), v_canon(v_mul(d, r)));
             } else {
-                d = v_mul(v_mul(b, v_sub(v_sub(a, hi), lo)), r);
+                d = v_mul(b, v_mul(v_sub(v_sub(a, hi), lo), r)); /* y last: the one factor that can make it subnormal */
                 d = v_unless(b, v_set1(0), v_canon(d));
             }
             if (k < VL) v_store_n(out + s * w.stride, d, k);

@@ -17,7 +17,7 @@
  *
  * p = 1 + (s + (r^2 q(r) + low)) is a minimax polynomial (derive_exp.py), added up so that next to the rounding of e itself there is one of
  * 2^-26 (2^-55) only: e is within 1.25 * 2^-24 (2^-53), relative, of exp(x - m) (tests/test_exp.py). At the maximum r = 0 and e = 1, exactly.
- * e is rounded once more if it is subnormal, and not flushed.
+ * e = fma(p - 1, 2^n, 2^n) is rounded once, also if it is subnormal; nothing is flushed.
  *
  * A sum that has no order
  * -----------------------
@@ -50,7 +50,10 @@
 #define exp_vref FSM_NAME(exp_vref)
 #define exp_reference FSM_NAME(exp_reference)
 #define exp_broadcast FSM_NAME(exp_broadcast)
-#define exp_parts FSM_NAME(exp_parts)
+#define exp_mid FSM_NAME(exp_mid)
+#define exp_begin FSM_NAME(exp_begin)
+#define exp_less_one FSM_NAME(exp_less_one)
+#define exp_end FSM_NAME(exp_end)
 #define exp_vec FSM_NAME(exp_vec)
 #define pair FSM_NAME(pair)
 #define vsum FSM_NAME(vsum)
@@ -79,33 +82,40 @@ FSM_INLINE exp_vref exp_broadcast(exp_ref r) {
     return (exp_vref){v_set1(r.c), v_set1(r.lo), v_set1(r.ml), v_set1(r.q), v_set1(r.rest)};
 }
 
-/* Returns p in [0.70, 1.42], and n: exp(x - m) = p 2^n. NaN is read as the clamp: rows that have one are finished elsewhere. shift == 0 saves
- * the subtraction of c where it is known to be 0. */
-FSM_INLINE vec exp_parts(vec x, exp_vref ref, vec *n, int shift) {
+/* exp in two halves, x -> (s, low, r, n) -> e. A loop that begins one vector while it ends the one before has chains half as long, which a
+ * processor overlaps better (softmax.inc.h). NaN is read as the clamp: rows that have one are finished elsewhere. shift == 0 saves the
+ * subtraction of c where it is known to be 0. */
+typedef struct {
+    vec s, low, r, n;
+} exp_mid;
+
+FSM_INLINE exp_mid exp_begin(vec x, exp_vref ref, int shift) {
     const vec d = v_max(shift ? v_sub(x, ref.c) : x, ref.lo);
-    *n = v_rint(v_fms(d, v_set1(LOG2E), ref.ml));
-    const vec s = v_fnma(v_add(*n, ref.q), v_set1(LN2_HI), d), low = v_fnma(*n, v_set1(LN2_LO), ref.rest), r = v_add(s, low);
-#if FSM_BITS == 32
-    vec p = v_set1(EXP6);
-#else
-    vec p = v_set1(f64_EXP11);
-    p = v_fma(p, r, v_set1(f64_EXP10));
-    p = v_fma(p, r, v_set1(f64_EXP9));
-    p = v_fma(p, r, v_set1(f64_EXP8));
-    p = v_fma(p, r, v_set1(f64_EXP7));
-    p = v_fma(p, r, v_set1(EXP6));
-#endif
-    p = v_fma(p, r, v_set1(EXP5));
-    p = v_fma(p, r, v_set1(EXP4));
-    p = v_fma(p, r, v_set1(EXP3));
-    p = v_fma(p, r, v_set1(EXP2));
-    return v_add(v_add(s, v_fma(v_mul(r, r), p, low)), v_set1(1)); /* r's rounding does not get in at first order */
+    const vec n = v_rint(v_fms(d, v_set1(LOG2E), ref.ml));
+    const vec s = v_fnma(v_add(n, ref.q), v_set1(LN2_HI), d), low = v_fnma(n, v_set1(LN2_LO), ref.rest);
+    return (exp_mid){s, low, v_add(s, low), n};
 }
 
-FSM_INLINE vec exp_vec(vec x, exp_vref ref, int shift) {
-    vec n, p = exp_parts(x, ref, &n, shift);
-    return v_scalb(p, n);
+/* exp(r) - 1 = s + (r^2 q(r) + low): the rounding of r does not get in at first order. q by Estrin's scheme. */
+FSM_INLINE vec exp_less_one(exp_mid m) {
+    const vec r = m.r, r2 = v_mul(r, r);
+    const vec q01 = v_fma(r, v_set1(EXP3), v_set1(EXP2)), q23 = v_fma(r, v_set1(EXP5), v_set1(EXP4));
+#if FSM_BITS == 32
+    const vec q = v_fma(v_fma(r2, v_set1(EXP6), q23), r2, q01);
+#else
+    const vec q45 = v_fma(r, v_set1(f64_EXP7), v_set1(EXP6)), q67 = v_fma(r, v_set1(f64_EXP9), v_set1(f64_EXP8));
+    const vec q89 = v_fma(r, v_set1(f64_EXP11), v_set1(f64_EXP10)), r4 = v_mul(r2, r2);
+    const vec q = v_fma(v_fma(r4, q89, v_fma(r2, q67, q45)), r4, v_fma(r2, q23, q01));
+#endif
+    return v_add(m.s, v_fma(r2, q, m.low));
 }
+
+FSM_INLINE vec exp_end(exp_mid m) {
+    const vec scale = v_exp2(m.n);
+    return v_fma(exp_less_one(m), scale, scale);
+}
+
+FSM_INLINE vec exp_vec(vec x, exp_vref ref, int shift) { return exp_end(exp_begin(x, ref, shift)); }
 
 /* ---- the exact sum ---- */
 

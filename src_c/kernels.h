@@ -17,6 +17,7 @@
 enum {
     FSM_LANES = 64,        /* rows side by side at the most */
     FSM_LANE_QUANTUM = 16, /* the widest vector of any ISA, in float32 */
+    FSM_BLOCK = 1024,      /* elements of a block of longer rows: it and its exponentials stay in the nearest cache */
     FSM_SHORT_ROW = 32,    /* rows up to this long are transposed, so that lanes are rows */
     FSM_ALIGN = 64
 };
@@ -54,7 +55,6 @@ typedef struct {
     void *out;     /* may be x, y or e */
     fsm_dtype out_dtype;
     const void *scale; /* backward: 1/temperature per lane, compute type */
-    const void *ahead; /* what will be read next, a hint; NULL if that is not known */
 } fsm_tile;
 
 typedef struct {
@@ -80,7 +80,7 @@ typedef struct {
     char *out;
     ptrdiff_t x_stride, out_stride, rows, n;
     fsm_dtype x_dtype, out_dtype;
-    void *scratch; /* n elements of the compute type, if out has another type and n > FSM_SHORT_ROW; else unused */
+    void *scratch; /* if out has another type: max(n, FSM_BLOCK) elements of the compute type for exp, or NULL, and exp is computed twice */
 } fsm_rows;
 
 typedef struct {

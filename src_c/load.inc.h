@@ -3,7 +3,6 @@
 
 #define load_as FSM_NAME(load_as)
 #define store_as FSM_NAME(store_as)
-#define prefetch_as FSM_NAME(prefetch_as)
 #define widen FSM_NAME(widen)
 #define load_run FSM_NAME(load_run)
 #define special_run FSM_NAME(special_run)
@@ -42,10 +41,6 @@ FSM_INLINE vec load_as(fsm_dtype dtype, const void *p, ptrdiff_t i, ptrdiff_t n,
     (void)dtype;
 #endif
     return n < VL ? v_load_n((const real *)p + i, n, fill) : v_load((const real *)p + i);
-}
-
-FSM_INLINE void prefetch_as(fsm_dtype dtype, const void *p, ptrdiff_t i) {
-    FSM_PREFETCH((const char *)p + i * (dtype == FSM_F16 || dtype == FSM_BF16 ? 2 : (ptrdiff_t)sizeof(real)));
 }
 
 FSM_INLINE void store_as(fsm_dtype dtype, void *p, ptrdiff_t i, ptrdiff_t n, vec a) {

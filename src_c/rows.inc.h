@@ -1,7 +1,10 @@
 /* Whole contiguous rows with nothing fused: the three passes back to back while the row is in the nearest cache. */
 
 #define rows_pass FSM_NAME(rows_pass)
-#define rows_long FSM_NAME(rows_long)
+#define map_and_max FSM_NAME(map_and_max)
+#define rows_softmax FSM_NAME(rows_softmax)
+#define rows_softmax_to FSM_NAME(rows_softmax_to)
+#define rows_log FSM_NAME(rows_log)
 #define rows_short FSM_NAME(rows_short)
 #define rows_all FSM_NAME(rows_all)
 #define transpose_in FSM_NAME(transpose_in)
@@ -25,17 +28,69 @@ static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
     for (ptrdiff_t i = 0; i < n; i += VL) store_as(dtype, out, i, n - i < VL ? n - i : VL, v_set1(value));
 }
 
-/* One row after the other. */
-FSM_INLINE void rows_long(fsm_op op, const fsm_rows *w) {
+/* The map of a row, bound by its stores, and the max of another, bound by its loads, in one loop: they run at once. */
+FSM_INLINE real map_and_max(fsm_dtype out_dtype, fsm_dtype x_dtype, void *out, const real *e, const void *next, ptrdiff_t n, map_ref map) {
+    const map_vref mr = {v_set1(map.a), v_set1(map.b)};
+    running_max m = max_begin();
+    ptrdiff_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        for (int j = 0; j < 4; j++) {
+            max_add(&m, j, load_as(x_dtype, next, i + j * VL, VL, v_set1(0)));
+            store_as(out_dtype, out, i + j * VL, VL, map_vec(0, v_load(e + i + j * VL), mr));
+        }
+    for (; i < n; i += VL) {
+        const ptrdiff_t k = n - i < VL ? n - i : VL;
+        max_add(&m, 0, load_as(x_dtype, next, i, k, v_set1(-INFINITY)));
+        store_as(out_dtype, out, i, k, map_vec(0, load_as(REAL_DTYPE, e, i, k, v_set1(0)), mr));
+    }
+    return max_end(&m, x_dtype, next, n);
+}
+
+/* softmax of long rows, a block of them at a time: within a pass the rows do not wait for each other's reductions, the constants of the
+ * block are computed as vectors, and while the results of one block are stored the next one comes from memory. */
+FSM_INLINE void rows_softmax(fsm_dtype out_dtype, fsm_dtype x_dtype, const fsm_rows *w) {
+    const int block = w->n > FSM_BLOCK ? 1 : FSM_BLOCK / w->n < FSM_LANES ? (int)(FSM_BLOCK / w->n) : FSM_LANES, fine = w->n > EXACT_COARSE;
+    const int in_out = out_dtype == REAL_DTYPE; /* exp goes to out, else to scratch, a row at a time, or nowhere */
+    fsm_state st;
+    real next_max[FSM_LANES];
+    for (int l = 0; l < block && l < w->rows; l++) next_max[l] = row_max(x_dtype, w->x + l * w->x_stride, w->n);
+    for (ptrdiff_t r = 0; r < w->rows; r += block) {
+        const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
+        begin_state(&st, rows, w->n);
+        memcpy(LANE(st.max), next_max, (size_t)rows * sizeof(real));
+        reference_pass(&st);
+        for (int l = 0; l < rows; l++) {
+            const char *x = w->x + (r + l) * w->x_stride;
+            real *e = in_out ? (real *)(w->out + (r + l) * w->out_stride) : w->scratch ? (real *)w->scratch + l * w->n : NULL;
+            row_sum(x_dtype, e, x, w->n, row_ref(&st, l), &st.sum, l, fine);
+        }
+        finish_softmax(&st);
+        for (int l = 0; l < rows; l++) {
+            const char *x = w->x + (r + l) * w->x_stride, *next = x + block * w->x_stride;
+            char *out = w->out + (r + l) * w->out_stride;
+            const real *e = in_out ? (const real *)out : w->scratch ? (const real *)w->scratch + l * w->n : NULL;
+            const map_ref map = {LANE(st.value[0])[l], LANE(st.value[1])[l]};
+            const int more = r + l + block < w->rows;
+            if (e && more) next_max[l] = map_and_max(out_dtype, x_dtype, out, e, next, w->n, map);
+            else {
+                if (e) row_map(out_dtype, out, REAL_DTYPE, e, w->n, 0, 0, row_ref(&st, l), map);
+                else row_map(out_dtype, out, x_dtype, x, w->n, 0, 1, row_ref(&st, l), map);
+                if (more) next_max[l] = row_max(x_dtype, next, w->n);
+            }
+            if (LANE(st.max)[l] - LANE(st.max)[l] != 0) fill_row(out_dtype, out, w->n, NAN);
+        }
+    }
+}
+
+/* log_softmax and logsumexp of one row after the other. */
+FSM_INLINE void rows_log(fsm_op op, const fsm_rows *w) {
     fsm_state st;
     real lse[FSM_LANES];
     for (ptrdiff_t r = 0, kept = 0; r < w->rows; r++) {
         char *out = w->out + r * w->out_stride;
         fsm_tile t = {.n = w->n, .x = w->x + r * w->x_stride, .x_dtype = w->x_dtype, .out = out, .out_dtype = w->out_dtype};
-        if (r + 1 < w->rows) t.ahead = (const char *)t.x + w->x_stride;
-        if (op == FSM_SOFTMAX) t.e = w->out_dtype == REAL_DTYPE ? (void *)out : w->scratch;
         begin_state(&st, 1, w->n);
-        rows_pass(op, &st, &t, op != FSM_LOGSUMEXP);
+        rows_pass(op, &st, &t, op == FSM_LOG_SOFTMAX);
         if (op == FSM_LOGSUMEXP) {
             lse[kept++] = LANE(st.value[0])[0];
             if (kept == FSM_LANES || r == w->rows - 1) {
@@ -95,12 +150,23 @@ FSM_INLINE void rows_short(fsm_op op, const fsm_rows *w, fsm_dtype x_dtype, fsm_
     }
 }
 
+FSM_INLINE void rows_softmax_to(fsm_dtype out_dtype, const fsm_rows *w) {
+#define CALL(DTYPE) rows_softmax(out_dtype, DTYPE, w)
+    SWITCH_DTYPE(w->x_dtype, CALL)
+#undef CALL
+}
+
 static void rows_all(fsm_op op, const fsm_rows *w) {
-    const int is_short = w->n <= FSM_SHORT_ROW && w->rows >= 4;
-    switch (op) {
-    case FSM_SOFTMAX: is_short ? rows_short(FSM_SOFTMAX, w, w->x_dtype, w->out_dtype) : rows_long(FSM_SOFTMAX, w); break;
-    case FSM_LOG_SOFTMAX: is_short ? rows_short(FSM_LOG_SOFTMAX, w, w->x_dtype, w->out_dtype) : rows_long(FSM_LOG_SOFTMAX, w); break;
-    default: is_short ? rows_short(FSM_LOGSUMEXP, w, w->x_dtype, w->out_dtype) : rows_long(FSM_LOGSUMEXP, w); break;
+    if (w->n <= FSM_SHORT_ROW && w->rows >= 4) {
+        if (op == FSM_SOFTMAX) rows_short(FSM_SOFTMAX, w, w->x_dtype, w->out_dtype);
+        else if (op == FSM_LOG_SOFTMAX) rows_short(FSM_LOG_SOFTMAX, w, w->x_dtype, w->out_dtype);
+        else rows_short(FSM_LOGSUMEXP, w, w->x_dtype, w->out_dtype);
+    } else if (op == FSM_LOG_SOFTMAX) rows_log(FSM_LOG_SOFTMAX, w);
+    else if (op == FSM_LOGSUMEXP) rows_log(FSM_LOGSUMEXP, w);
+    else {
+#define CALL(DTYPE) rows_softmax_to(DTYPE, w)
+        SWITCH_DTYPE(w->out_dtype, CALL)
+#undef CALL
     }
 }
 

@@ -152,7 +152,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
     p->chunks = (p->n + p->chunk - 1) / p->chunk;
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
-    if (p->direct && !p->wide) p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0 : p->n;
+    if (p->direct && !p->wide) p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0 : p->n < FSM_BLOCK ? FSM_BLOCK : p->n;
 }
 
 fsm_status fsm_plan_new(fsm_plan **result, const fsm_problem *problem) {

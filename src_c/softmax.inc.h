@@ -6,6 +6,10 @@
 
 #define max_pass FSM_NAME(max_pass)
 #define lane_max FSM_NAME(lane_max)
+#define running_max FSM_NAME(running_max)
+#define max_begin FSM_NAME(max_begin)
+#define max_add FSM_NAME(max_add)
+#define max_end FSM_NAME(max_end)
 #define row_max FSM_NAME(row_max)
 #define row_max_as FSM_NAME(row_max_as)
 #define row_sum FSM_NAME(row_sum)
@@ -35,34 +39,42 @@
 
 /* ---- max ---- */
 
-/* The largest element, NaN if one is NaN. A running sum carries NaN past v_max at no cost in time: additions have a port of their own.
- * It is a suspicion only (inf - inf is NaN too), so the row is then looked at again. Never -0, so that rows that differ in the sign
- * of a zero maximum agree. */
-FSM_INLINE real row_max_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
-    const vec least = v_set1(-INFINITY);
-    vec m[4] = {least, least, least, least}, s[4] = {v_set1(0), v_set1(0), v_set1(0), v_set1(0)};
-    ptrdiff_t i = 0;
-    for (; i + 4 * VL <= n; i += 4 * VL)
-        for (int j = 0; j < 4; j++) {
-            vec a = load_as(dtype, x, i + j * VL, VL, least);
-            m[j] = v_max(a, m[j]);
-            s[j] = v_add_m(a, s[j]);
-        }
-    for (; i < n; i += VL) {
-        vec a = load_as(dtype, x, i, n - i < VL ? n - i : VL, least);
-        m[0] = v_max(a, m[0]);
-        s[0] = v_add_m(a, s[0]);
-    }
-    real total = v_hsum(v_add(v_add(s[0], s[1]), v_add(s[2], s[3])));
+/* The largest element, NaN if one is NaN. A running sum carries NaN past v_max; where the multipliers are idle, as here, it costs no time. It
+ * is a suspicion only (inf - inf is NaN too), so the row is then looked at again. Never -0, so that rows that differ in the sign of a zero
+ * maximum agree. */
+typedef struct {
+    vec m[4], s[4];
+} running_max;
+
+FSM_INLINE running_max max_begin(void) {
+    const vec least = v_set1(-INFINITY), zero = v_set1(0);
+    return (running_max){{least, least, least, least}, {zero, zero, zero, zero}};
+}
+
+FSM_INLINE void max_add(running_max *r, int j, vec a) {
+    r->m[j] = v_max(a, r->m[j]);
+    r->s[j] = v_add_m(a, r->s[j]);
+}
+
+FSM_INLINE real max_end(const running_max *r, fsm_dtype dtype, const void *x, ptrdiff_t n) {
+    const real total = v_hsum(v_add(v_add(r->s[0], r->s[1]), v_add(r->s[2], r->s[3])));
     if (total != total)
-        for (i = 0; i < n; i += VL) {
-            vec a = load_as(dtype, x, i, n - i < VL ? n - i : VL, least);
+        for (ptrdiff_t i = 0; i < n; i += VL) {
             real lane[VL];
-            v_store(lane, a);
+            v_store(lane, load_as(dtype, x, i, n - i < VL ? n - i : VL, v_set1(0)));
             for (int l = 0; l < VL; l++)
                 if (lane[l] != lane[l]) return NAN;
         }
-    return v_hmax(v_max(v_max(m[0], m[1]), v_max(m[2], m[3]))) + 0;
+    return v_hmax(v_max(v_max(r->m[0], r->m[1]), v_max(r->m[2], r->m[3]))) + 0;
+}
+
+FSM_INLINE real row_max_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+    running_max m = max_begin();
+    ptrdiff_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        for (int j = 0; j < 4; j++) max_add(&m, j, load_as(dtype, x, i + j * VL, VL, v_set1(0)));
+    for (; i < n; i += VL) max_add(&m, 0, load_as(dtype, x, i, n - i < VL ? n - i : VL, v_set1(-INFINITY)));
+    return max_end(&m, dtype, x, n);
 }
 
 static real row_max(fsm_dtype dtype, const void *x, ptrdiff_t n) {
@@ -91,21 +103,31 @@ static void lane_max(real *max, int lanes, const real *x, ptrdiff_t n) {
 
 /* ---- sum of exp ---- */
 
-/* e may be NULL; e == x is fine. `ahead` is where the next row to be read lies, or x: fetching it now overlaps memory with arithmetic. */
-FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, const void *ahead, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum,
-                           int shift, int fine) {
+/* e may be NULL; e == x is fine. The sum goes into that lane. */
+FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum, int lane, int shift,
+                           int fine) {
     const exp_vref r = exp_broadcast(ref);
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t left = n - i, end = i + (left < FOLD_EVERY * VL ? left : FOLD_EVERY * VL);
         vsum s = vsum_zero();
         ptrdiff_t adds = 0;
-        for (; i + 4 * VL <= end; i += 4 * VL, adds += 4)
-            for (int j = 0; j < 4; j++) {
-                vec a = exp_vec(load_as(dtype, x, i + j * VL, VL, v_set1(0)), r, shift);
-                prefetch_as(dtype, ahead, i + j * VL);
-                if (e) v_store(e + i + j * VL, a);
-                vsum_add(&s, a, 2, fine);
+        if (end - i >= VL) { /* one vector is begun, one ended and one added at a time, each in the shadow of the others' latencies */
+            exp_mid mid = exp_begin(load_as(dtype, x, i, VL, v_set1(0)), r, shift);
+            vec done = v_set1(0);
+            FSM_UNROLL(4)
+            for (i += VL; i + VL <= end; i += VL, adds++) {
+                const exp_mid next = exp_begin(load_as(dtype, x, i, VL, v_set1(0)), r, shift);
+                vsum_add(&s, done, 2, fine);
+                done = exp_end(mid);
+                if (e) v_store(e + i - VL, done);
+                mid = next;
             }
+            vsum_add(&s, done, 2, fine);
+            done = exp_end(mid);
+            if (e) v_store(e + i - VL, done);
+            vsum_add(&s, done, 2, fine);
+            adds += 2;
+        }
         for (; i < end; i += VL, adds++) {
             ptrdiff_t k = end - i < VL ? end - i : VL;
             vec a = exp_vec(load_as(dtype, x, i, k, v_set1(-INFINITY)), r, shift); /* lanes past the end add 0 */
@@ -113,16 +135,16 @@ FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, const void *
             vsum_add(&s, a, 2, fine);
         }
         i = end;
-        for (int j = 0; j < (fine ? 3 : 2); j++) sum_fold(sum, 0, j, v_sum_int(vsum_int(&s, j, adds, 2)));
+        for (int j = 0; j < (fine ? 3 : 2); j++) sum_fold(sum, lane, j, v_sum_int(vsum_int(&s, j, adds, 2)));
     }
 }
 
-static void row_sum(fsm_dtype dtype, real *e, const void *x, const void *ahead, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum, int fine) {
+static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum, int lane, int fine) {
 #define CALL(DTYPE)                                                                                                                \
-    if (FSM_BITS == 32 && fine) row_sum_as(DTYPE, e, x, ahead, n, ref, sum, 1, 1);                                                 \
-    else if (ref.c != 0) row_sum_as(DTYPE, e, x, ahead, n, ref, sum, 1, 0);                                                        \
-    else if (e) row_sum_as(DTYPE, e, x, ahead, n, ref, sum, 0, 0);                                                                 \
-    else row_sum_as(DTYPE, NULL, x, ahead, n, ref, sum, 0, 0)
+    if (FSM_BITS == 32 && fine) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 1, 1);                                                  \
+    else if (ref.c != 0) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 1, 0);                                                         \
+    else if (e) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 0, 0);                                                                  \
+    else row_sum_as(DTYPE, NULL, x, n, ref, sum, lane, 0, 0)
     SWITCH_DTYPE(dtype, CALL)
 #undef CALL
 }
@@ -136,9 +158,9 @@ FSM_INLINE void lane_fold(fsm_exact_sum *sum, int g, const vsum *s, ptrdiff_t ad
     }
 }
 
-/* The constants of exp, of the one row or of VL lanes. */
-FSM_INLINE exp_ref row_ref(const fsm_state *st) {
-    return (exp_ref){LANE(st->exp[0])[0], LANE(st->exp[1])[0], LANE(st->exp[2])[0], LANE(st->exp[3])[0], LANE(st->exp[4])[0]};
+/* The constants of exp, of one lane or of VL of them. */
+FSM_INLINE exp_ref row_ref(const fsm_state *st, int l) {
+    return (exp_ref){LANE(st->exp[0])[l], LANE(st->exp[1])[l], LANE(st->exp[2])[l], LANE(st->exp[3])[l], LANE(st->exp[4])[l]};
 }
 
 FSM_INLINE exp_vref lanes_of(const fsm_state *st, int g) {
@@ -290,7 +312,7 @@ static void reference_pass(fsm_state *st) {
 static void sum_pass(fsm_state *st, const fsm_tile *t) {
     const int fine = st->n > EXACT_COARSE;
     if (st->lanes == 1)
-        row_sum(t->x_dtype, t->e, t->x, t->ahead ? t->ahead : t->x, t->n, row_ref(st), &st->sum, fine);
+        row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine);
     else if (FSM_BITS == 32 && fine) lane_sum(st, t->e, t->x, t->n, 1);
     else lane_sum(st, t->e, t->x, t->n, 0);
 }
@@ -321,7 +343,7 @@ static void finish_logsumexp(fsm_state *st) {
 
 static void map_softmax(const fsm_state *st, const fsm_tile *t) {
     if (st->lanes == 1) {
-        exp_ref r = row_ref(st);
+        exp_ref r = row_ref(st, 0);
         map_ref m = {LANE(st->value[0])[0], LANE(st->value[1])[0]};
         if (t->e) row_map(t->out_dtype, t->out, REAL_DTYPE, t->e, t->n, 0, 0, r, m);
         else row_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, 0, 1, r, m);

@@ -7,7 +7,7 @@
  *     v_add_m(a, b)      a + b, done by the multipliers where these and the adders are apart (AMD Zen): balances a loop full of additions
  *     v_rint(a)          the nearest integer, ties to even; |a| < 2^22 (float64: 2^51)
  *     v_max(a, b)        a > b ? a : b, so b where either is NaN
- *     v_scalb(p, n)      p * 2^n, rounded once, also into the subnormals; p in [1/2, 4), n an integer in [-200, 1] (float64: [-1500, 1])
+ *     v_exp2(n)          2^n, rounded to even where it is less than the smallest subnormal; n an integer in [-190, 62] (float64: [-1600, 254])
  *     v_unless(a, k, b)  a != k ? b : 0;  v_canon(a): a, its NaNs made the canonical one
  *     v_sum_int          the sum of the lanes of an ivec, as signed integers, in 64 bits
  *     v_transpose        VL vectors as a square matrix
@@ -26,11 +26,11 @@
 #define FSM_INLINE static inline __attribute__((always_inline))
 #endif
 
-/* Asks for the cache line of an address, which need not be readable. */
 #if defined(__GNUC__)
-#define FSM_PREFETCH(p) __builtin_prefetch(p)
+#define FSM_PRAGMA(text) _Pragma(#text)
+#define FSM_UNROLL(n) FSM_PRAGMA(GCC unroll n)
 #else
-#define FSM_PREFETCH(p) ((void)(p))
+#define FSM_UNROLL(n)
 #endif
 
 #define FSM_PASTE_(a, b) a##_##b
@@ -58,7 +58,7 @@
 #define v_max FSM_NAME(max)
 #define v_abs FSM_NAME(abs)
 #define v_rint FSM_NAME(rint)
-#define v_scalb FSM_NAME(scalb)
+#define v_exp2 FSM_NAME(exp2)
 #define v_unless FSM_NAME(unless)
 #define v_canon FSM_NAME(canon)
 #define v_hmax FSM_NAME(hmax)

@@ -36,10 +36,9 @@ FSM_INLINE f32_vec f32_fms(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmsu
 FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fnmadd_ps(a, b, c); }
 FSM_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm256_max_ps(a, b); }
 FSM_INLINE f32_vec f32_abs(f32_vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-FSM_INLINE f32_vec f32_scalb(f32_vec p, f32_vec n) { /* see scalar: adds n + 64 to the exponent field, then scales by 2^-64 */
-    __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 64)));
-    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(w, 23))),
-                         _mm256_set1_ps(0x1p-64f));
+FSM_INLINE f32_vec f32_exp2(f32_vec n) { /* see vec_scalar.h */
+    __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127 + 64)));
+    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 23)), _mm256_set1_ps(0x1p-64f));
 }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) { return _mm256_and_ps(_mm256_cmp_ps(a, k, _CMP_NEQ_UQ), b); }
 FSM_INLINE f32_vec f32_canon(f32_vec a) { return _mm256_blendv_ps(a, _mm256_set1_ps(NAN), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
@@ -85,10 +84,9 @@ FSM_INLINE f64_vec f64_fms(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fmsu
 FSM_INLINE f64_vec f64_fnma(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fnmadd_pd(a, b, c); }
 FSM_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return _mm256_max_pd(a, b); }
 FSM_INLINE f64_vec f64_abs(f64_vec a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
-FSM_INLINE f64_vec f64_scalb(f64_vec p, f64_vec n) {
-    __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 768)));
-    return _mm256_mul_pd(_mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(p), _mm256_slli_epi64(w, 52))),
-                         _mm256_set1_pd(0x1p-768));
+FSM_INLINE f64_vec f64_exp2(f64_vec n) {
+    __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023 + 768)));
+    return _mm256_mul_pd(_mm256_castsi256_pd(_mm256_slli_epi64(w, 52)), _mm256_set1_pd(0x1p-768));
 }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) { return _mm256_and_pd(_mm256_cmp_pd(a, k, _CMP_NEQ_UQ), b); }
 FSM_INLINE f64_vec f64_canon(f64_vec a) { return _mm256_blendv_pd(a, _mm256_set1_pd(NAN), _mm256_cmp_pd(a, a, _CMP_UNORD_Q)); }

@@ -30,7 +30,7 @@ FSM_INLINE f32_vec f32_fms(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmsu
 FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fnmadd_ps(a, b, c); }
 FSM_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm512_max_ps(a, b); }
 FSM_INLINE f32_vec f32_abs(f32_vec a) { return _mm512_abs_ps(a); }
-FSM_INLINE f32_vec f32_scalb(f32_vec p, f32_vec n) { return _mm512_scalef_ps(p, n); }
+FSM_INLINE f32_vec f32_exp2(f32_vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1), n); }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, k, _CMP_NEQ_UQ), b);
 }
@@ -62,7 +62,7 @@ FSM_INLINE f64_vec f64_fms(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmsu
 FSM_INLINE f64_vec f64_fnma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fnmadd_pd(a, b, c); }
 FSM_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return _mm512_max_pd(a, b); }
 FSM_INLINE f64_vec f64_abs(f64_vec a) { return _mm512_abs_pd(a); }
-FSM_INLINE f64_vec f64_scalb(f64_vec p, f64_vec n) { return _mm512_scalef_pd(p, n); }
+FSM_INLINE f64_vec f64_exp2(f64_vec n) { return _mm512_scalef_pd(_mm512_set1_pd(1), n); }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, k, _CMP_NEQ_UQ), b);
 }

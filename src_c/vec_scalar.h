@@ -58,16 +58,10 @@ typedef int64_t f64_ivec;
 FSM_SCALAR_OPS(f32, float, int32_t, uint32_t, fmaf, fabsf, 0x1.8p23f)
 FSM_SCALAR_OPS(f64, double, int64_t, uint64_t, fma, fabs, 0x1.8p52)
 
-/* n + 64 goes into the exponent field, where p stays normal for every n allowed; the product with 2^-64 then rounds once. 1.5 * 2^23 + n has
- * n in its low bits. */
-FSM_INLINE float f32_scalb(float p, float n) {
-    uint32_t w = (uint32_t)f32_bits(n + (0x1.8p23f + 64));
-    return f32_from_bits((uint32_t)f32_bits(p) + (w << 23)) * 0x1p-64f;
-}
-FSM_INLINE double f64_scalb(double p, double n) {
-    uint64_t w = (uint64_t)f64_bits(n + (0x1.8p52 + 768));
-    return f64_from_bits((uint64_t)f64_bits(p) + (w << 52)) * 0x1p-768;
-}
+/* 1.5 * 2^23 + n has n in its low bits. With the bias of the exponent, and 64 more so that it stays positive for every n allowed, they
+ * become the exponent field; the product with 2^-64 rounds once. */
+FSM_INLINE float f32_exp2(float n) { return f32_from_bits((uint32_t)f32_bits(n + (0x1.8p23f + 127 + 64)) << 23) * 0x1p-64f; }
+FSM_INLINE double f64_exp2(double n) { return f64_from_bits((uint64_t)f64_bits(n + (0x1.8p52 + 1023 + 768)) << 52) * 0x1p-768; }
 
 /* Halves. */
 FSM_INLINE float f16_load(const void *p) {

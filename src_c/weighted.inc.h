@@ -16,9 +16,9 @@
 #define weighted_finish FSM_NAME(weighted_finish)
 
 #undef NO_TERM
-#undef SCALB_MIN
+#undef EXP2_MIN
 #define NO_TERM -65536             /* an exponent below that of any term */
-#define SCALB_MIN (FSM_BITS == 32 ? -190 : -1400) /* 2^-190 times anything here is below the last level of the sum */
+#define EXP2_MIN (FSM_BITS == 32 ? -140 : -1000)   /* a term that small is below the last level of the sum */
 
 static void weighted_max(fsm_state *st, const fsm_tile *t) {
     const real *x = t->x, *b = t->y;
@@ -56,14 +56,14 @@ static void weighted_max2(fsm_state *st, const fsm_tile *t) {
     const walk w = walk_of(st, t);
     for (ptrdiff_t g = 0; g < w.groups; g++) {
         const real *x = (const real *)t->x + g * VL, *y = (const real *)t->y + g * VL;
-        const exp_vref r = st->lanes > 1 ? lanes_of(st, (int)(g * VL)) : exp_broadcast(row_ref(st));
+        const exp_vref r = st->lanes > 1 ? lanes_of(st, (int)(g * VL)) : exp_broadcast(row_ref(st, 0));
         vec most = v_set1(NO_TERM);
         for (ptrdiff_t s = 0; s < w.steps; s++) {
             const ptrdiff_t k = s == w.steps - 1 ? w.tail : VL;
-            vec n, m, j;
-            exp_parts(load_part(x + s * w.stride, k), r, &n, 1);
+            vec m, j;
             split_weights(y + s * w.stride, k, &m, &j);
-            most = v_max(v_add(n, j), most);
+            const vec n = exp_begin(load_part(x + s * w.stride, k), r, 1).n; /* anything, where x takes no part: inf, say */
+            most = v_max(v_add(v_unless(m, v_set1(0), n), j), most);
         }
         real lane[VL], *exponent = LANE(st->exponent);
         v_store(lane, most);
@@ -78,17 +78,19 @@ FSM_INLINE void weighted_sum_fine(fsm_state *st, const fsm_tile *t, int fine) {
     const walk w = walk_of(st, t);
     for (ptrdiff_t g = 0; g < w.groups; g++) {
         const real *x = (const real *)t->x + g * VL, *y = (const real *)t->y + g * VL;
-        const exp_vref r = st->lanes > 1 ? lanes_of(st, (int)(g * VL)) : exp_broadcast(row_ref(st));
+        const exp_vref r = st->lanes > 1 ? lanes_of(st, (int)(g * VL)) : exp_broadcast(row_ref(st, 0));
         const vec most = st->lanes > 1 ? v_load(LANE(st->exponent) + g * VL) : v_set1(LANE(st->exponent)[0]);
         for (ptrdiff_t s = 0; s < w.steps;) {
             const ptrdiff_t end = s + (w.steps - s < FOLD_EVERY ? w.steps - s : FOLD_EVERY), adds = end - s;
             vsum sum = vsum_zero();
             for (; s < end; s++) {
                 const ptrdiff_t k = s == w.steps - 1 ? w.tail : VL;
-                vec n, m, j, p = exp_parts(load_part(x + s * w.stride, k), r, &n, 1);
+                const exp_mid mid = exp_begin(load_part(x + s * w.stride, k), r, 1);
+                vec m, j;
                 split_weights(y + s * w.stride, k, &m, &j);
-                n = v_max(v_sub(v_sub(v_add(n, j), most), v_set1(2)), v_set1(SCALB_MIN)); /* |p m| < 4: the term is below 1 */
-                vsum_add(&sum, v_unless(m, v_set1(0), v_scalb(v_mul(p, m), n)), 3, fine);
+                const vec n = v_max(v_sub(v_sub(v_add(mid.n, j), most), v_set1(2)), v_set1(EXP2_MIN)); /* |p m| < 4: below 1 */
+                const vec term = v_mul(v_mul(v_add(exp_less_one(mid), v_set1(1)), m), v_exp2(n));
+                vsum_add(&sum, v_unless(m, v_set1(0), term), 3, fine); /* p may be NaN where x is inf and takes no part */
             }
             fold_vsum(st, g, &sum, adds, 3, fine);
         }
@@ -108,7 +110,7 @@ static void weighted_finish(fsm_state *st) {
         if (nonfinite != 0) {
             value = nonfinite != nonfinite ? NAN : INFINITY;
             sign = nonfinite != nonfinite ? NAN : nonfinite > 0 ? 1 : -1;
-        } else if (s == 0) {
+        } else if (s == 0 || LANE(st->max)[l] == -INFINITY) {
             value = -INFINITY;
             sign = 0;
         } else {

@@ -435,19 +435,45 @@ def test_weight_zero_takes_no_part(isa, dtype):
     ([0, 0], [INF, 1], INF, 1), ([0, 0], [-INF, 1], INF, -1), ([0, 0], [INF, -INF], NAN, NAN),
     ([0, 0], [NAN, 1], NAN, NAN), ([NAN, 0], [1, 1], NAN, NAN), ([NAN, 0], [0, -1], 0, -1),
     ([INF, 0], [0, 2], 0.6931471805599453, 1), ([-INF, 0], [-5, 1], 0, 1),
+    ([-INF, -INF], [2, 3], -INF, 0), ([-INF, -INF], [-2, -3], -INF, 0),
 ])  # fmt: skip
 def test_special_weights(isa, dtype, x, b, value, sign):
-    """IEEE arithmetic of sum(b * exp(x)); +inf is +inf * sign(b)."""
-    x = np.array(x, dtype)
-    got, got_sign = fs.logsumexp(x, b=b, return_sign=True)
-    assert got.dtype == got_sign.dtype == dtype
-    np.testing.assert_allclose(np.float64(got), value, rtol=0.01)
-    np.testing.assert_equal(np.float64(got_sign), sign)
-    # Without the sign, the logarithm of a negative sum is NaN.
-    plain = np.float64(fs.logsumexp(x, b=b))
-    np.testing.assert_allclose(plain, NAN if sign == -1 else value, rtol=0.01)
-    if np.isnan(plain):
-        assert_canonical_nan(fs.logsumexp(x, b=b))
+    """IEEE arithmetic of sum(b * exp(x)); +inf is +inf * sign(b). Alone, padded, between rows."""
+    for n in (2, 7, 40, 300):
+        row, weights = np.zeros((2, n))
+        row[[0, n - 1]], weights[[0, n - 1]] = x, b
+        batch = normal((9, n), dtype, 2.0)
+        batch[4] = row
+        all_weights = np.ones((9, n))
+        all_weights[4] = weights
+        for got, got_sign in (
+            fs.logsumexp(batch[4], b=weights, return_sign=True),
+            np.array(fs.logsumexp(batch, -1, b=all_weights, return_sign=True))[:, 4],
+            np.array(fs.logsumexp(batch.T, 0, b=all_weights.T, return_sign=True))[:, 4],
+        ):
+            assert got.dtype == got_sign.dtype == dtype
+            np.testing.assert_allclose(np.float64(got), value, rtol=0.01)
+            np.testing.assert_equal(np.float64(got_sign), sign)
+        # Without the sign, the logarithm of a negative sum is NaN.
+        plain = fs.logsumexp(batch, -1, b=all_weights)[4]
+        np.testing.assert_allclose(np.float64(plain), NAN if sign == -1 else value, rtol=0.01)
+        if np.isnan(plain):
+            assert_canonical_nan(plain)
+
+
+@every_dtype
+def test_sign_without_weights(isa, batch, dtype):
+    """1 where there is a sum, 0 where it is empty or all -inf, NaN where it is NaN."""
+    for n in LENGTHS:
+        for fill, want in ((1, 1), (INF, 1), (-INF, 0), (NAN, NAN)):
+            x = np.full(n, fill, dtype)
+            value, sign = fs.logsumexp(x, return_sign=True)
+            np.testing.assert_equal(np.float64(sign), want)
+            assert_same_bits(value, fs.logsumexp(x))
+            signs = batch(lambda a, axis: fs.logsumexp(a, axis, return_sign=True)[1], x)
+            assert_same_bits(signs, sign)
+        value, sign = fs.logsumexp(x, where=np.zeros(n, bool), return_sign=True)
+        assert value == -INF and sign == 0
 
 
 @every_dtype
