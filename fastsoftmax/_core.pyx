@@ -1,7 +1,8 @@
-"""The binding: check arguments -> describe the problem -> allocate -> call C -> raise. No arithmetic on data.
+"""The binding: check arguments -> describe the problem -> allocate -> call C -> raise.
 
-The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand to C (fastsoftmax.h) is a set of
-arrays with strides, all of the shape of x, and the exact types in which to compute and to store.
+The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
+to C (fastsoftmax.h) is a set of arrays with strides, all of the shape of x, and the exact types in
+which to compute and to store.
 """
 
 import os
@@ -15,8 +16,9 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdlib cimport llabs
 from numpy cimport (
-    NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16, PyArray_CheckExact, PyArray_DATA, PyArray_DIMS, PyArray_EMPTY, PyArray_ISCARRAY,
-    PyArray_ISCARRAY_RO, PyArray_ITEMSIZE, PyArray_NDIM, PyArray_SIZE, PyArray_TYPE, ndarray, npy_intp,
+    NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16, PyArray_CheckExact, PyArray_DATA, PyArray_DIMS,
+    PyArray_EMPTY, PyArray_ISCARRAY, PyArray_ISCARRAY_RO, PyArray_ITEMSIZE, PyArray_NDIM,
+    PyArray_SIZE, PyArray_TYPE, ndarray, npy_intp,
 )
 
 cnp.import_array()
@@ -59,20 +61,21 @@ cdef int _float_code(dtype, name) except -2:
 cdef ndarray _as_array(value, name):
     """An ndarray of native byte order, of a type that C knows."""
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must not be a MaskedArray; pass its data, and where=~mask to leave entries out")
+        raise TypeError(f"{name} must not be a MaskedArray; pass its data, and where=~mask")
     array = np.asarray(value)
     if _code(array.dtype) < 0:
-        raise TypeError(f"{name} has dtype {array.dtype}; supported are float16, bfloat16, float32, float64, integers and bool")
+        raise TypeError(f"{name} has dtype {array.dtype}; supported are float16, bfloat16, "
+                        "float32, float64, integers and bool")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return array
 
 
-cdef ndarray _as_floats(value, name, compute, why_not_bool=""):
+cdef ndarray _as_floats(value, name, compute):
     """The same for a second input: integers become the compute type."""
     array = _as_array(value, name)
     if array.dtype.kind == "b":
-        raise TypeError(f"{name} must be real numbers, got bool{why_not_bool}")
+        raise TypeError(f"{name} must be real numbers, got bool; a mask goes into where=")
     if array.dtype.kind in "iu":
         array = array.astype(compute)
     return array
@@ -82,15 +85,30 @@ cdef _broadcast(array, shape, name):
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
-        raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to the shape of x, {shape}") from None
+        raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to the shape "
+                         f"of x, {shape}") from None
+
+
+cdef _as_mask(where, shape):
+    if where is None:
+        return None
+    array = _as_array(where, "where")
+    if array.dtype.kind != "b":
+        raise TypeError(f"where must have dtype bool, got {array.dtype}")
+    return _broadcast(array, shape, "where")
 
 
 # ---- the parts of a call ----
 
-cdef int _mark_axes(fsm_problem *problem, axis, int ndim) except -1:
-    """Sets problem.reduced from axis: an integer, a tuple of them, or None for all."""
-    cdef int d
+cdef int _begin(fsm_problem *problem, fsm_op op, ndarray x, axis) except -1:
+    """Enters the shape of x and the axis: an integer, a tuple of them, or None for all."""
+    cdef int d, ndim = x.ndim
+    problem.op = op
+    problem.ndim = ndim
+    for d in range(<int>FSM_OPERAND_COUNT):
+        problem.operand[d].data = NULL
     for d in range(ndim):
+        problem.shape[d] = x.shape[d]
         problem.reduced[d] = axis is None
     if axis is None:
         return 0
@@ -98,7 +116,8 @@ cdef int _mark_axes(fsm_problem *problem, axis, int ndim) except -1:
         try:
             one = index(one)
         except TypeError:
-            raise TypeError(f"axis must be an integer, a tuple of integers or None, got {axis!r} ({type(one).__name__})") from None
+            raise TypeError("axis must be an integer, a tuple of integers or None, got "
+                            f"{axis!r} ({type(one).__name__})") from None
         if ndim == 0 and one in (0, -1):  # as NumPy's reductions: a scalar is a row of one
             continue
         if not -ndim <= one < ndim:
@@ -150,24 +169,26 @@ cdef _check_out(out, shape):
 
 
 cdef bint _overlaps_itself(out):
-    """Whether two elements share memory: seen, from the smallest stride up, where one does not step over all that the smaller ones reach. May err on
-    the side of True for views that no slicing makes."""
+    """Whether two elements share memory: from the smallest stride up, one of them does not step
+    over all that the smaller ones reach. May err on the side of True for views that no slicing
+    makes."""
     reach = out.itemsize
-    for stride, size in sorted((abs(stride), size) for stride, size in zip(out.strides, out.shape) if size > 1):
-        if stride < reach:
+    steps = sorted((abs(stride), size) for stride, size in zip(out.strides, out.shape))
+    for stride, size in steps:
+        if size > 1 and stride < reach:
             return True
         reach += stride * (size - 1)
     return False
 
 
 cdef _apart(array, out, bint in_place_ok):
-    """array, or a copy of it if writing to out could change it before it is read. Element by element in place needs none."""
+    """array, or a copy of it if writing to out could change it before it is read. Element by
+    element in place needs none."""
     if array is None or out is None or not np.may_share_memory(array, out):
         return array
-    if in_place_ok and array.ctypes.data == out.ctypes.data and array.strides == out.strides and array.shape == out.shape \
-            and array.dtype == out.dtype:
-        return array
-    return array.copy()
+    same = (array.ctypes.data == out.ctypes.data and array.strides == out.strides
+            and array.shape == out.shape and array.dtype == out.dtype)
+    return array if same and in_place_ok else array.copy()
 
 
 cdef _reciprocal(temperature, shape, compute, fsm_problem *problem, bint negate):
@@ -179,13 +200,15 @@ cdef _reciprocal(temperature, shape, compute, fsm_problem *problem, bint negate)
     offset = len(shape) - t.ndim
     for d in range(max(offset, 0), len(shape)):
         if problem.reduced[d] and t.shape[d - offset] != 1:
-            raise ValueError(f"temperature must have length 1 along axis, got shape {t.shape} for x of shape {shape}")
+            raise ValueError("temperature must have length 1 along axis, got shape "
+                             f"{t.shape} for x of shape {shape}")
     t = t.astype(np.float64)
     with np.errstate(all="ignore"):
         r = (1 / t).astype(compute)
     bad = ~(np.isfinite(t) & (t > 0) & np.isfinite(r) & (r > 0))
     if bad.any():
-        raise ValueError(f"temperature must be finite and > 0, and its reciprocal too, got {float(t[bad].flat[0])}")
+        raise ValueError("temperature must be finite and > 0, and its reciprocal too, got "
+                         f"{float(t[bad].flat[0])}")
     r = np.asarray(-r if negate else r, compute)
     return _broadcast(r, shape, "temperature")
 
@@ -194,7 +217,6 @@ cdef void _describe(fsm_problem *problem, fsm_operand which, array) noexcept:
     """Enters an array of the problem's shape; None means that it is absent."""
     cdef ndarray a
     cdef int d
-    problem.operand[<int>which].data = NULL
     if array is None:
         return
     a = array
@@ -208,7 +230,6 @@ cdef void _describe_reduced(fsm_problem *problem, fsm_operand which, array, bint
     """Enters the result of a reduction: stride 0 along the axis."""
     cdef ndarray a
     cdef int d, kept = 0
-    problem.operand[<int>which].data = NULL
     if array is None:
         return
     a = array
@@ -220,7 +241,8 @@ cdef void _describe_reduced(fsm_problem *problem, fsm_operand which, array, bint
 
 
 cdef int _run(fsm_problem *problem) except -1:
-    """Does the work, without the GIL, in slices of some milliseconds with a look at the signals after each."""
+    """Does the work, without the GIL, in slices of some milliseconds with a look at the signals
+    after each."""
     cdef fsm_plan *plan
     cdef fsm_status status
     problem.isa = _active
@@ -241,13 +263,13 @@ cdef int _run(fsm_problem *problem) except -1:
 # ---- the functions ----
 
 cdef ndarray _plain(fsm_op op, x, axis, out):
-    """softmax or log_softmax of a C-contiguous array along its last axis, nothing fused; None if it is not that. The checks are C: a small call costs
-    little more than being called."""
+    """softmax or log_softmax of a C-contiguous array along its last axis, nothing fused; None if it
+    is not that. The checks are C: a small call costs little more than being called."""
     cdef ndarray a, y
     cdef fsm_problem problem
     cdef fsm_dtype dtype
     cdef int kind, d
-    cdef npy_intp n, size, rows
+    cdef npy_intp n, size, rows, apart
     if not PyArray_CheckExact(x):
         return None
     a = x
@@ -276,12 +298,14 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
         for d in range(PyArray_NDIM(a)):
             if PyArray_DIMS(y)[d] != PyArray_DIMS(a)[d]:
                 return None
-        if y is not a and llabs(<char *>PyArray_DATA(y) - <char *>PyArray_DATA(a)) < size * PyArray_ITEMSIZE(a):
+        apart = llabs(<char *>PyArray_DATA(y) - <char *>PyArray_DATA(a))
+        if y is not a and apart < size * PyArray_ITEMSIZE(a):
             return None
     n = PyArray_DIMS(a)[PyArray_NDIM(a) - 1]
     rows = size // n
     if fsm_is_small(size):
-        fsm_softmax_small(_active, dtype, op == FSM_LOG_SOFTMAX, PyArray_DATA(a), PyArray_DATA(y), rows, n)
+        fsm_softmax_small(_active, dtype, op == FSM_LOG_SOFTMAX, PyArray_DATA(a), PyArray_DATA(y),
+                          rows, n)
         return y
     problem.op = op
     problem.compute = FSM_F64 if dtype == FSM_F64 else FSM_F32
@@ -290,7 +314,8 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
         problem.operand[d].data = NULL
     problem.shape[0], problem.shape[1] = rows, n
     problem.reduced[0], problem.reduced[1] = 0, 1
-    problem.operand[<int>FSM_X].data, problem.operand[<int>FSM_OUT].data = <char *>PyArray_DATA(a), <char *>PyArray_DATA(y)
+    problem.operand[<int>FSM_X].data = <char *>PyArray_DATA(a)
+    problem.operand[<int>FSM_OUT].data = <char *>PyArray_DATA(y)
     for d in (<int>FSM_X, <int>FSM_OUT):
         problem.operand[d].dtype = dtype
         problem.operand[d].strides[0] = n * PyArray_ITEMSIZE(a)
@@ -308,7 +333,8 @@ cdef extern from "<fenv.h>" nogil:
 
 
 cdef class _FlagsKept:
-    """Context manager: the floating-point status flags afterwards are those from before, although NumPy's arithmetic clears them."""
+    """Context manager: the floating-point status flags afterwards are those from before, although
+    NumPy's arithmetic clears them."""
 
     cdef fexcept_t flags
 
@@ -326,24 +352,15 @@ cdef _softmax(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint neg
 
 cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
     cdef fsm_problem problem
-    cdef int d
     cdef ndarray a = _as_array(x, "x")
     shape = np.shape(a)
-    problem.op = op
-    problem.ndim = a.ndim
-    for d in range(a.ndim):
-        problem.shape[d] = a.shape[d]
-    _mark_axes(&problem, axis, a.ndim)
+    _begin(&problem, op, a, axis)
     result = _result_dtype(a.dtype, dtype, out)
     compute = _compute_dtype(a.dtype, None, result)
     problem.compute = <fsm_dtype><int>_code(compute)
     if bias is not None:
-        bias = _broadcast(_as_floats(bias, "bias", compute, "; a mask goes into where="), shape, "bias")
-    if where is not None:
-        where = _as_array(where, "where")
-        if where.dtype.kind != "b":
-            raise TypeError(f"where must have dtype bool, got {where.dtype}")
-        where = _broadcast(where, shape, "where")
+        bias = _broadcast(_as_floats(bias, "bias", compute), shape, "bias")
+    where = _as_mask(where, shape)
     scale = _reciprocal(temperature, shape, compute, &problem, negate)
     if scale is not None:
         scale = np.broadcast_to(scale, shape)
@@ -356,12 +373,10 @@ cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint
         bias = _apart(bias, out, False)
         where = _apart(where, out, False)
     _describe(&problem, FSM_X, a)
-    _describe(&problem, FSM_Y, None)
     _describe(&problem, FSM_BIAS, bias)
     _describe(&problem, FSM_WHERE, where)
     _describe(&problem, FSM_SCALE, scale)
     _describe(&problem, FSM_OUT, y)
-    _describe(&problem, FSM_SIGN, None)
     _run(&problem)
     return y if out is not None or y.ndim else y[()]
 
@@ -369,40 +384,47 @@ cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint
 def softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=None, out=None):
     """Softmax along an axis: ``exp(z) / sum(exp(z))`` with ``z = x / temperature + bias``.
 
-    Stable for any finite input, computed in float32 (float64 for float64 and integer input) whatever the type of x, and rounded
-    once to the type of the result. The bits of a row's result depend on the row's values alone: not on the axis, strides, threads, batch
-    or instruction set.
+    Stable for any finite input, computed in float32 (float64 for float64 and integer input)
+    whatever the type of x, and rounded once to the type of the result. The bits of a row's result
+    depend on the row's values alone: not on the axis, strides, threads, batch or instruction set.
 
     Parameters
     ----------
     x : array_like
-        Logits: float16, bfloat16 (of ml_dtypes), float32 or float64; integers and bool are taken as float64.
+        Logits: float16, bfloat16 (of ml_dtypes), float32 or float64; integers and bool are taken as
+        float64.
     axis : int, tuple of ints or None, default -1
         The axis or axes along which the result sums to 1; None means all.
     bias : array_like, optional
-        Real numbers added to the scaled logits; broadcasts to the shape of x. An entry whose bias is -inf takes no part.
+        Real numbers added to the scaled logits; broadcasts to the shape of x. An entry whose bias
+        is -inf takes no part.
     where : array_like of bool, optional
         Broadcasts to the shape of x. An entry where it is False takes no part.
     temperature : float or array_like, optional
-        Divides the logits; finite and > 0. An array broadcasts to the shape of x, with length 1 along axis.
+        Divides the logits; finite and > 0. An array broadcasts to the shape of x, with length 1
+        along axis.
     dtype : dtype, optional
-        Type of the result, one of the four floating types. Default: that of x. The calculation takes the wider of the two types.
+        Type of the result, one of the four floating types. Default: that of x. The calculation
+        takes the wider of the two types.
     out : ndarray, optional
         Where to put the result; of the shape of x and a floating type. It may be x itself.
 
     Returns
     -------
     ndarray or NumPy scalar
-        Of the shape of x; a scalar if x has no dimensions. Entries that take no part are exactly 0, whatever x holds there, and
-        so is exp(-inf). A row of which nothing takes part is all zeros. A row whose entries that take part are all -inf, or have
-        a NaN or +inf among them, is NaN there.
+        Of the shape of x; a scalar if x has no dimensions. Entries that take no part are exactly 0,
+        whatever x holds there, and so is exp(-inf). A row of which nothing takes part is all zeros.
+        A row whose entries that take part are all -inf, or have a NaN or +inf among them, is NaN
+        there.
 
     Raises
     ------
     TypeError
-        For a dtype that is not supported, a masked array, where not bool, bias bool, dtype and out that differ.
+        For a dtype that is not supported, a masked array, where not bool, bias bool, dtype and out
+        that differ.
     ValueError
-        For shapes that do not fit, a temperature that is not finite and > 0, out read-only or overlapping itself.
+        For shapes that do not fit, a temperature that is not finite and > 0, out read-only or
+        overlapping itself.
     numpy.exceptions.AxisError
         For an axis that x does not have.
 
@@ -412,8 +434,9 @@ def softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=Non
 
     Notes
     -----
-    Largest error: 2 ulp of the exact softmax of z on common distributions and 3 on any row for float32 and float64, 0.51 ulp
-    for float16 and bfloat16. z is rounded once to the type of the calculation, as by a fused multiply-add.
+    Largest error: 2 ulp of the exact softmax of z on common distributions and 3 on any row for
+    float32 and float64, 0.51 ulp for float16 and bfloat16. z is rounded once to the type of the
+    calculation, as by a fused multiply-add.
 
     Examples
     --------
@@ -435,7 +458,8 @@ def softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=Non
 
 
 def log_softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=None, out=None):
-    """Logarithm of softmax along an axis: ``z - log(sum(exp(z)))`` with ``z = x / temperature + bias``.
+    """Logarithm of softmax along an axis: ``z - log(sum(exp(z)))`` with ``z = x / temperature +
+    bias``.
 
     More accurate than the logarithm of :func:`softmax`, and finite where that would be ``log(0)``.
 
@@ -447,8 +471,8 @@ def log_softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype
     Returns
     -------
     ndarray or NumPy scalar
-        Of the shape of x. Entries that take no part are -inf, and so is a row of which nothing takes part. NaN rows are those of
-        :func:`softmax`.
+        Of the shape of x. Entries that take no part are -inf, and so is a row of which nothing
+        takes part. NaN rows are those of :func:`softmax`.
 
     Raises
     ------
@@ -457,8 +481,8 @@ def log_softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype
 
     Notes
     -----
-    Largest error: 2 ulp of max(1, max|z|, |result|); for the dominating entry of a float32 row, where the result is close to 0,
-    4 ulp of the result itself plus n * 2**-45.
+    Largest error: 2 ulp of max(1, max|z|, |result|); for the dominating entry of a float32 row,
+    where the result is close to 0, 4 ulp of the result itself plus n * 2**-45.
 
     Examples
     --------
@@ -503,7 +527,8 @@ def softmin(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=Non
     return _softmax(FSM_SOFTMAX, x, axis, bias, where, temperature, dtype, out, True)
 
 
-def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None, out=None, return_sign=False):
+def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None, out=None,
+              return_sign=False):
     """Logarithm of a sum of exponentials along an axis: ``log(sum(b * exp(x)))``.
 
     Parameters
@@ -513,7 +538,8 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
     axis : int, tuple of ints or None, default None
         The axis or axes to sum over; None means all.
     b : array_like, optional
-        Weights of either sign; real numbers that broadcast to the shape of x. An entry whose weight is 0 takes no part.
+        Weights of either sign; real numbers that broadcast to the shape of x. An entry whose weight
+        is 0 takes no part.
     where : array_like of bool, optional
         Broadcasts to the shape of x. An entry where it is False takes no part.
     keepdims : bool, default False
@@ -526,8 +552,8 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
     Returns
     -------
     ndarray or NumPy scalar, or a tuple of two
-        The logarithm: -inf for an empty sum, NaN for a negative one unless return_sign. With return_sign also the sign: 1, -1, 0
-        for a sum of 0, NaN for NaN, in the dtype of the result.
+        The logarithm: -inf for an empty sum, NaN for a negative one unless return_sign. With
+        return_sign also the sign: 1, -1, 0 for a sum of 0, NaN for NaN, in the dtype of the result.
 
     Raises
     ------
@@ -557,22 +583,15 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
     cdef int d
     cdef ndarray a = _as_array(x, "x")
     shape = np.shape(a)
-    problem.op = FSM_LOGSUMEXP if b is None else FSM_LOGSUMEXP_WEIGHTED
-    problem.ndim = a.ndim
-    for d in range(a.ndim):
-        problem.shape[d] = a.shape[d]
-    _mark_axes(&problem, axis, a.ndim)
+    _begin(&problem, FSM_LOGSUMEXP if b is None else FSM_LOGSUMEXP_WEIGHTED, a, axis)
     result = _result_dtype(a.dtype, dtype, out)
     compute = _compute_dtype(a.dtype, None, result)
     problem.compute = <fsm_dtype><int>_code(compute)
     if b is not None:
-        b = _broadcast(_as_floats(b, "b", compute, "; a mask goes into where="), shape, "b")
-    if where is not None:
-        where = _as_array(where, "where")
-        if where.dtype.kind != "b":
-            raise TypeError(f"where must have dtype bool, got {where.dtype}")
-        where = _broadcast(where, shape, "where")
-    reduced = tuple([1 if problem.reduced[d] else shape[d] for d in range(a.ndim) if keep or not problem.reduced[d]])
+        b = _broadcast(_as_floats(b, "b", compute), shape, "b")
+    where = _as_mask(where, shape)
+    reduced = tuple([1 if problem.reduced[d] else shape[d]
+                     for d in range(a.ndim) if keep or not problem.reduced[d]])
     if out is None:
         y = np.empty(reduced, result)
     else:
@@ -587,9 +606,7 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
     else:
         _describe(&problem, FSM_X, a)
         _describe(&problem, FSM_Y, b)
-        _describe(&problem, FSM_BIAS, None)
         _describe(&problem, FSM_WHERE, where)
-        _describe(&problem, FSM_SCALE, None)
         _describe_reduced(&problem, FSM_OUT, y, keep)
         _describe_reduced(&problem, FSM_SIGN, sign if b is not None else None, keep)
         _run(&problem)
@@ -609,16 +626,11 @@ cdef _backward(fsm_op op, grad, y, axis, temperature, out):
 
 cdef _backward_any(fsm_op op, grad, y, axis, temperature, out):
     cdef fsm_problem problem
-    cdef int d
     cdef ndarray g = _as_array(grad, "grad"), v = _as_array(y, "y")
     shape = np.shape(g)
     if shape != np.shape(v):
         raise ValueError(f"grad and y must have one shape, got {shape} and {np.shape(v)}")
-    problem.op = op
-    problem.ndim = g.ndim
-    for d in range(g.ndim):
-        problem.shape[d] = g.shape[d]
-    _mark_axes(&problem, axis, g.ndim)
+    _begin(&problem, op, g, axis)
     natural = g.dtype
     if v.dtype != natural:  # no promotion of NumPy's relates float16 and bfloat16
         natural = _compute_dtype(g.dtype, v.dtype, None)
@@ -634,11 +646,8 @@ cdef _backward_any(fsm_op op, grad, y, axis, temperature, out):
         g, v = _apart(g, out, True), _apart(v, out, True)
     _describe(&problem, FSM_X, g)
     _describe(&problem, FSM_Y, v)
-    _describe(&problem, FSM_BIAS, None)
-    _describe(&problem, FSM_WHERE, None)
     _describe(&problem, FSM_SCALE, scale)
     _describe(&problem, FSM_OUT, dx)
-    _describe(&problem, FSM_SIGN, None)
     _run(&problem)
     return dx if out is not None or dx.ndim else dx[()]
 
@@ -662,8 +671,9 @@ def softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
     Returns
     -------
     ndarray or NumPy scalar
-        Gradient with respect to the logits; its dtype is the promotion of those of grad and y. An entry where y is 0 took no part:
-        its gradient is 0, and its grad is not summed, whatever it is.
+        Gradient with respect to the logits; its dtype is the promotion of those of grad and y. An
+        entry where y is 0 took no part: its gradient is 0, and its grad is not summed, whatever it
+        is.
 
     Raises
     ------
@@ -696,8 +706,9 @@ def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
     Returns
     -------
     ndarray or NumPy scalar
-        Gradient with respect to the logits; its dtype is the promotion of those of grad and y. An entry where y is -inf took no
-        part: its gradient is 0, and its grad is not summed, whatever it is.
+        Gradient with respect to the logits; its dtype is the promotion of those of grad and y. An
+        entry where y is -inf took no part: its gradient is 0, and its grad is not summed, whatever
+        it is.
 
     Raises
     ------
@@ -766,9 +777,10 @@ def set_num_threads(n, /):
 def get_num_threads():
     """Return the number of threads that a large call made here may use.
 
-    It is that of the innermost :class:`num_threads`, else of :func:`set_num_threads`, else of the environment variable
-    ``FASTSOFTMAX_NUM_THREADS`` or ``OMP_NUM_THREADS``, else the number of CPUs that affinity and cgroup quota allow; never more than OpenMP
-    has been limited to meanwhile (by threadpoolctl, say).
+    It is that of the innermost :class:`num_threads`, else of :func:`set_num_threads`, else of the
+    environment variable ``FASTSOFTMAX_NUM_THREADS`` or ``OMP_NUM_THREADS``, else the number of CPUs
+    that affinity and cgroup quota allow; never more than OpenMP has been limited to meanwhile (by
+    threadpoolctl, say).
 
     Returns
     -------
@@ -829,7 +841,8 @@ cdef const fsm_isa *_find_isa(name) except? NULL:
 
 
 def available_isas():
-    """Return the names of the instruction sets that this CPU can run and this build has, best first.
+    """Return the names of the instruction sets that this CPU can run and this build has, best
+    first.
 
     Returns
     -------
@@ -946,7 +959,8 @@ def show_config(mode="stdout"):
 def _cpu_name():
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            models = (line.split(":", 1)[1] for line in lines if line.startswith("model name"))
+            return next(models).strip()
     except (OSError, StopIteration):
         import platform
         return platform.processor() or platform.machine()
@@ -961,15 +975,17 @@ def _configure():
         try:
             _active = _find_isa(name)
         except ValueError:
-            raise ImportError(f"FASTSOFTMAX_ISA is {name!r}; this CPU and build accept {', '.join(available_isas())}") from None
+            raise ImportError(f"FASTSOFTMAX_ISA is {name!r}; this CPU and build accept "
+                              f"{', '.join(available_isas())}") from None
     threads = os.environ.get("FASTSOFTMAX_NUM_THREADS")
     if threads is not None:
         try:
             _process_threads = _checked_threads(int(threads))
         except ValueError:
-            raise ImportError(f"FASTSOFTMAX_NUM_THREADS is {threads!r}; accepted are integers from 1 to {_MOST_THREADS}") from None
-    else:
-        first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested levels
+            raise ImportError(f"FASTSOFTMAX_NUM_THREADS is {threads!r}; accepted are integers from "
+                              f"1 to {_MOST_THREADS}") from None
+    else:  # a list is for nested levels of parallelism
+        first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
         if first.isdigit() and 1 <= int(first) <= _MOST_THREADS:
             _process_threads = int(first)
     fsm_openmp_limit()  # from now on, a lower limit counts

@@ -9,8 +9,9 @@ What
     log: log f = 2 atanh(u) = 2 u + u^3 P(u^2) with u = (f - 1)/(f + 1), of the smallest relative
     error for f in [sqrt(1/2), sqrt(2)], |u| <= 0.1716, float64. Degree 6 in u^2.
 
-    log2(e); and ln2 = LN2_HI + LN2_LO (Cody & Waite, *Software Manual for the Elementary Functions*,
-    1980): LN2_HI of so few bits that an integer times LN2_HI, and what it leaves of x, are exact.
+    log2(e); and ln2 = LN2_HI + LN2_LO (Cody & Waite, *Software Manual for the Elementary
+    Functions*, 1980): LN2_HI of so few bits that 1/64 of an integer times LN2_HI, and what it
+    leaves of x, are exact.
 
 How
     The best polynomial on a grid of Chebyshev points is a linear program, solved in 60 digits by
@@ -22,7 +23,7 @@ How
 
 Run (needs mpmath and NumPy; ten seconds)
     python src_c/derive_exp.py                                       prints the constants as C
-    python src_c/derive_exp.py --check src_c/exp.inc.h src_c/log.h   and looks for them there
+    python src_c/derive_exp.py --check src_c/exp_constants.h   and looks for them there
 """
 
 import argparse

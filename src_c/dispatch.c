@@ -21,7 +21,8 @@ static uint64_t xcr0(void) {
 
 static int has(uint32_t word, int bit) { return word >> bit & 1; }
 
-/* 0: neither, 1: AVX2 + FMA + F16C, 2: also AVX-512 F + DQ + BW + VL. Bits: Intel SDM vol. 2A, CPUID. The system must save the registers. */
+/* 0: neither, 1: AVX2 + FMA + F16C, 2: also AVX-512 F + DQ + BW + VL. Bits: Intel SDM vol. 2A,
+ * CPUID. The system must save the registers. */
 static int x86_level(void) {
     uint32_t basic[4], extended[4];
     cpuid(1, basic);
@@ -29,13 +30,18 @@ static int x86_level(void) {
     if (!has(basic[2], 27)) return 0; /* OSXSAVE */
     const uint64_t saved = xcr0();
     if ((saved & 0x6) != 0x6) return 0; /* XMM, YMM */
-    if (!has(basic[2], 12) || !has(basic[2], 28) || !has(basic[2], 29) || !has(extended[1], 5)) return 0;
+    if (!has(basic[2], 12) || !has(basic[2], 28) || !has(basic[2], 29) || !has(extended[1], 5))
+        return 0;
     if ((saved & 0xe6) != 0xe6) return 1; /* opmask, ZMM */
-    return has(extended[1], 16) && has(extended[1], 17) && has(extended[1], 30) && has(extended[1], 31) ? 2 : 1;
+    return has(extended[1], 16) && has(extended[1], 17) && has(extended[1], 30) &&
+                   has(extended[1], 31)
+               ? 2
+               : 1;
 }
 #endif
 
-/* The list is computed anew at each call, a few dozen cycles to a microsecond: no state, nothing to lock. */
+/* The list is computed anew at each call, a few dozen cycles to a microsecond: no state, nothing to
+ * lock. */
 const fsm_isa *fsm_isa_at(int i) {
     const fsm_isa *list[4];
     int count = 0;
@@ -54,5 +60,9 @@ const fsm_isa *fsm_isa_at(int i) {
 
 const char *fsm_isa_name(const fsm_isa *isa) { return isa->name; }
 
-void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x, ptrdiff_t n) { isa->f32->exp(out, x, n); }
-void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n) { isa->f64->exp(out, x, n); }
+void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x, ptrdiff_t n) {
+    isa->f32->exp(out, x, n);
+}
+void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n) {
+    isa->f64->exp(out, x, n);
+}

@@ -1,35 +1,44 @@
-/* exp and the exact sum, the mathematics under every kernel, for FSM_TYPE (vec.h). No libm; every fma is written out.
+/* exp and the exact sum, the mathematics under every kernel, for FSM_TYPE (vec.h). No libm; every
+ * fma is written out.
  *
  * exp(x - m) without rounding x - m
  * ---------------------------------
  * The error of the other libraries comes from rounding x - m, m the row's maximum, before exp. Here
  *
- *     e = exp(x - m) = 2^n exp(r),    n = rint(x log2 e - m log2 e),    r = x - m - n ln2 in [-0.3467, 0.3467]
+ *     e = exp(x - m) = 2^n exp(r),    n = rint(x log2 e - m log2 e),    r = x - m - n ln2,
  *
- * and r is put together from parts that are exact (Cody & Waite's reduction, shared between x and m): with q = m log2 e rounded to a multiple of 1/64
+ * |r| <= 0.34664, and r is put together from parts that are exact (Cody & Waite's reduction, shared
+ * between x and m): with q = m log2 e rounded to a multiple of 1/64
  *
  *     r = s + low,    s = x - (n + q) LN2_HI,    low = -n LN2_LO - (m - q LN2_HI)
  *
- * The bracket, at most 0.0055, is a constant of the row. LN2_HI has 17 bits (float64: 33), so it and s are multiples of a number so coarse that
- * they are exact; only in x below 1/4 there may be finer bits, and a rounding of 2^-26 (2^-55). low is small, and its rounding smaller than
- * 2^-32 (2^-61). For |m| >= EXP_BIG the plain difference x - m takes the place of x and 0 that of m: it is exact wherever the result is not 0 (Sterbenz: x is within a factor of 2 of m). One code serves both: d = x - c with c = 0 or m.
- * d is clamped at EXP_RANGE below the maximum, where e is 0, so that -inf needs no branch.
+ * The bracket, at most 0.0055, is a constant of the row. LN2_HI has 17 bits (float64: 33), so it
+ * and s are multiples of a number so coarse that they are exact; only in x below 1/4 there may be
+ * finer bits, and a rounding of 2^-26 (2^-55). low is small, and its rounding smaller than 2^-32
+ * (2^-61). For |m| >= EXP_BIG the plain difference x - m takes the place of x and 0 that of m: it
+ * is exact wherever the result is not 0 (Sterbenz: x is within a factor of 2 of m). One code serves
+ * both: d = x - c with c = 0 or m. d is clamped at EXP_RANGE below the maximum, where e is 0, so
+ * that -inf needs no branch.
  *
- * p = 1 + (s + (r^2 q(r) + low)) is a minimax polynomial (derive_exp.py), added up so that next to the rounding of e itself there is one of
- * 2^-26 (2^-55) only: e is within 1.25 * 2^-24 (2^-53), relative, of exp(x - m) (tests/test_exp.py). At the maximum r = 0 and e = 1, exactly.
- * e = fma(p - 1, 2^n, 2^n) is rounded once, also if it is subnormal; nothing is flushed.
+ * p = 1 + (s + (r^2 q(r) + low)) is a minimax polynomial (derive_exp.py), added up so that next to
+ * the rounding of e itself there is one of 2^-26 (2^-55) only: e is within 1.25 * 2^-24 (2^-53),
+ * relative, of exp(x - m) (tests/test_exp.py). At the maximum r = 0 and e = 1, exactly. e = fma(p -
+ * 1, 2^n, 2^n) is rounded once, also if it is subnormal; nothing is flushed.
  *
  * A sum that has no order
  * -----------------------
- * e lies in [0, 1] and is split exactly, by two additions to constants whose ulp is the grain wanted:
+ * e lies in [0, 1] and is split exactly, by two additions to constants whose ulp is the grain
+ * wanted:
  *
- *     t = e + 2                     a multiple of ULP2 = ulp(2) = 2^-22 (2^-51): its bits, less those of 2, count them
- *     u = e - (t - (2 + 3 ULP2))    what is left, + 3 ULP2: its bits, less those of 3 ULP2, count multiples of 2^-44 (2^-102)
+ *     t = e + 2                     a multiple of ULP2 = ulp(2) = 2^-22 (2^-51)
+ *     u = e - (t - (2 + 3 ULP2))    what is left, + 3 ULP2, to a multiple of 2^-44 (2^-102)
  *
- * Integer addition is associative: vector width, blocking, threads and order of the elements cannot change a bit of the sum. What is
- * dropped is at most 2^-45 (2^-103) per element. Float32 rows longer than EXACT_COARSE take a third level, 2^-66, so that the sum, at
- * least 1, is always good to 2^-28. Terms of either sign, |e| < 1, use 3 in the place of 2.
- */
+ * The bits of t, less those of 2, count the multiples, and so do those of u, less those of 3 ULP2.
+ *
+ * Integer addition is associative: vector width, blocking, threads and order of the elements cannot
+ * change a bit of the sum. What is dropped is at most 2^-45 (2^-103) per element. Float32 rows
+ * longer than EXACT_COARSE take a third level, 2^-66, so that the sum, at least 1, is always good
+ * to 2^-28. Terms of either sign, |e| < 1, use 3 in the place of 2. */
 
 #define LOG2E FSM_NAME(LOG2E)
 #define LN2_HI FSM_NAME(LN2_HI)
@@ -64,7 +73,8 @@
 #define sum_value FSM_NAME(sum_value)
 #define sum_less_one FSM_NAME(sum_less_one)
 
-/* The constants of a row: what is subtracted first, the clamp, (m - c) log2 e, q, and q LN2_HI - (m - c). */
+/* The constants of a row: what is subtracted first, the clamp, (m - c) log2 e, q, and q LN2_HI - (m
+ * - c). */
 typedef struct {
     real c, lo, ml, q, rest;
 } exp_ref;
@@ -72,9 +82,11 @@ typedef struct {
     vec c, lo, ml, q, rest;
 } exp_vref;
 
-/* The difference is exact, since its terms are close; q LN2_HI has its 24 bits (float64: 52) at the most: |q| < 1478 (11819), in 64ths. */
+/* The difference is exact, since its terms are close; q LN2_HI has its 24 bits (float64: 52) at the
+ * most: |q| < 1478 (11819), in 64ths. */
 FSM_INLINE exp_ref exp_reference(real m, real range) {
-    const real c = (m < 0 ? -m : m) >= EXP_BIG ? m : 0, d = m - c, ml = d * LOG2E, q = (ml + GRID_MAGIC) - GRID_MAGIC;
+    const real c = (m < 0 ? -m : m) >= EXP_BIG ? m : 0, d = m - c, ml = d * LOG2E,
+               q = (ml + GRID_MAGIC) - GRID_MAGIC;
     return (exp_ref){c, d - range, ml, q, q * LN2_HI - d};
 }
 
@@ -82,9 +94,10 @@ FSM_INLINE exp_vref exp_broadcast(exp_ref r) {
     return (exp_vref){v_set1(r.c), v_set1(r.lo), v_set1(r.ml), v_set1(r.q), v_set1(r.rest)};
 }
 
-/* exp in two halves, x -> (s, low, r, n) -> e. A loop that begins one vector while it ends the one before has chains half as long, which a
- * processor overlaps better (softmax.inc.h). NaN is read as the clamp: rows that have one are finished elsewhere. shift == 0 saves the
- * subtraction of c where it is known to be 0. */
+/* exp in two halves, x -> (s, low, r, n) -> e. A loop that begins one vector while it ends the one
+ * before has chains half as long, which a processor overlaps better (softmax.inc.h). NaN is read as
+ * the clamp: rows that have one are finished elsewhere. shift == 0 saves the subtraction of c where
+ * it is known to be 0. */
 typedef struct {
     vec s, low, r, n;
 } exp_mid;
@@ -92,18 +105,22 @@ typedef struct {
 FSM_INLINE exp_mid exp_begin(vec x, exp_vref ref, int shift) {
     const vec d = v_max(shift ? v_sub(x, ref.c) : x, ref.lo);
     const vec n = v_rint(v_fms(d, v_set1(LOG2E), ref.ml));
-    const vec s = v_fnma(v_add(n, ref.q), v_set1(LN2_HI), d), low = v_fnma(n, v_set1(LN2_LO), ref.rest);
+    const vec s = v_fnma(v_add(n, ref.q), v_set1(LN2_HI), d),
+              low = v_fnma(n, v_set1(LN2_LO), ref.rest);
     return (exp_mid){s, low, v_add(s, low), n};
 }
 
-/* exp(r) - 1 = s + (r^2 q(r) + low): the rounding of r does not get in at first order. q by Estrin's scheme. */
+/* exp(r) - 1 = s + (r^2 q(r) + low): the rounding of r does not get in at first order. q by
+ * Estrin's scheme. */
 FSM_INLINE vec exp_less_one(exp_mid m) {
     const vec r = m.r, r2 = v_mul(r, r);
-    const vec q01 = v_fma(r, v_set1(EXP3), v_set1(EXP2)), q23 = v_fma(r, v_set1(EXP5), v_set1(EXP4));
+    const vec q01 = v_fma(r, v_set1(EXP3), v_set1(EXP2)),
+              q23 = v_fma(r, v_set1(EXP5), v_set1(EXP4));
 #if FSM_BITS == 32
     const vec q = v_fma(v_fma(r2, v_set1(EXP6), q23), r2, q01);
 #else
-    const vec q45 = v_fma(r, v_set1(f64_EXP7), v_set1(EXP6)), q67 = v_fma(r, v_set1(f64_EXP9), v_set1(f64_EXP8));
+    const vec q45 = v_fma(r, v_set1(f64_EXP7), v_set1(EXP6)),
+              q67 = v_fma(r, v_set1(f64_EXP9), v_set1(f64_EXP8));
     const vec q89 = v_fma(r, v_set1(f64_EXP11), v_set1(f64_EXP10)), r4 = v_mul(r2, r2);
     const vec q = v_fma(v_fma(r4, q89, v_fma(r2, q67, q45)), r4, v_fma(r2, q23, q01));
 #endif
@@ -120,7 +137,8 @@ FSM_INLINE vec exp_vec(vec x, exp_vref ref, int shift) { return exp_end(exp_begi
 /* ---- the exact sum ---- */
 
 #undef FOLD_EVERY
-#define FOLD_EVERY 256 /* additions to a vsum, at the most, before its lanes could overflow: 256 * 2^22 < 2^31 */
+#define FOLD_EVERY \
+    256 /* additions to a vsum, at the most, before its lanes could overflow: 256 * 2^22 < 2^31 */
 
 typedef struct {
     ivec part[3];
@@ -140,7 +158,8 @@ FSM_INLINE void vsum_add(vsum *s, vec e, real base, int fine) {
     }
 }
 
-/* The counts of one part after `adds` additions, the bits of the constants taken off; modulo the width of a lane, as they were added. */
+/* The counts of one part after `adds` additions, the bits of the constants taken off; modulo the
+ * width of a lane, as they were added. */
 FSM_INLINE ivec vsum_int(const vsum *s, int part, ptrdiff_t adds, real base) {
     const real zero[3] = {base, 3 * ULP2, 3 * ULP2 * ULP2};
     bits_t bits;
@@ -148,7 +167,8 @@ FSM_INLINE ivec vsum_int(const vsum *s, int part, ptrdiff_t adds, real base) {
     return v_sub_int(s->part[part], v_set1_int((bits_t)((uint64_t)bits * (uint64_t)adds)));
 }
 
-/* Into 64 bits (float32), or a pair of 32 low bits and the rest, so that 2^31 folds fit (float64). */
+/* Into 64 bits (float32), or a pair of 32 low bits and the rest, so that 2^31 folds fit
+ * (float64). */
 FSM_INLINE void sum_fold(fsm_exact_sum *sum, int lane, int part, int64_t count) {
 #if FSM_BITS == 32
     sum->parts[2 * part][lane] += count;
@@ -170,13 +190,15 @@ FSM_INLINE pair sum_value(const fsm_exact_sum *sum, int lane) {
 #else
     int64_t low = sum->parts[0][lane], high = sum->parts[1][lane] + (low >> 32);
     double a = (double)high * 0x1p-19, b = (double)(low & 0xffffffff) * 0x1p-51, s = a + b;
-    double rest = (b - (s - a)) + ((double)sum->parts[3][lane] * 0x1p-70 + (double)sum->parts[2][lane] * 0x1p-102);
+    double rest = (b - (s - a)) +
+                  ((double)sum->parts[3][lane] * 0x1p-70 + (double)sum->parts[2][lane] * 0x1p-102);
     double hi = s + rest;
     return (pair){hi, rest - (hi - s)};
 #endif
 }
 
-/* Takes the largest term, which is 1, off the sum, and returns what is left: exact, so nothing cancels when the others are small. */
+/* Takes the largest term, which is 1, off the sum, and returns what is left: exact, so nothing
+ * cancels when the others are small. */
 FSM_INLINE double sum_less_one(fsm_exact_sum *sum, int lane) {
     sum_fold(sum, lane, 0, FSM_BITS == 32 ? -((int64_t)1 << 22) : -((int64_t)1 << 51));
     return sum_value(sum, lane).hi;

@@ -1,4 +1,5 @@
-/* The constants of exp and log, printed and proved by derive_exp.py, and those that the float format gives. Unused ones are meant to be. */
+/* The constants of exp and log, printed and proved by derive_exp.py, and those that the float
+ * format gives. Unused ones are meant to be. */
 #ifndef FSM_EXP_CONSTANTS_H
 #define FSM_EXP_CONSTANTS_H
 
@@ -11,12 +12,14 @@ static const float f32_EXP3 = 0x1.555492p-3f;
 static const float f32_EXP4 = 0x1.5558acp-5f;
 static const float f32_EXP5 = 0x1.12397cp-7f;
 static const float f32_EXP6 = 0x1.6a5124p-10f;
-static const float f32_GRID_MAGIC = 0x1.8p17f;       /* a + GRID_MAGIC - GRID_MAGIC: a to multiples of 1/64 */
-static const float f32_ULP2 = 0x1p-22f;             /* ulp(2) */
-static const float f32_EXP_BIG = 1024.0f;           /* above it x - m is exact where it matters */
-static const float f32_EXP_RANGE = 104.0f;          /* exp(-104) < 2^-150: 0 */
-static const float f32_WEIGHTED_RANGE = 300.0f;     /* weights span 2^277 = exp(192): 104 + 192 */
-static const ptrdiff_t f32_EXACT_COARSE = 1 << 17;  /* elements that two levels of the sum are good for: 2^-45 * 2^17 = 2^-28 */
+static const float f32_GRID_MAGIC =
+    0x1.8p17f;                             /* a + GRID_MAGIC - GRID_MAGIC: a to multiples of 1/64 */
+static const float f32_ULP2 = 0x1p-22f;    /* ulp(2) */
+static const float f32_EXP_BIG = 1024.0f;  /* above it x - m is exact where it matters */
+static const float f32_EXP_RANGE = 104.0f; /* exp(-104) < 2^-150: 0 */
+static const float f32_WEIGHTED_RANGE = 300.0f; /* weights span 2^277 = exp(192): 104 + 192 */
+static const ptrdiff_t f32_EXACT_COARSE =
+    1 << 17; /* elements that two levels of the sum are good for: 2^-45 * 2^17 = 2^-28 */
 
 /* float64: exp(r), |r| <= 0.34664, degree 11, relative error <= 2^-57.9 = 0.0332 * 2^-53 */
 static const double f64_LOG2E = 0x1.71547652b82fep+0;
@@ -35,9 +38,9 @@ static const double f64_EXP11 = 0x1.ad9d97efd59dbp-26;
 static const double f64_GRID_MAGIC = 0x1.8p46;
 static const double f64_ULP2 = 0x1p-51;
 static const double f64_EXP_BIG = 8192.0;
-static const double f64_EXP_RANGE = 746.0;              /* exp(-746) < 2^-1075 */
-static const double f64_WEIGHTED_RANGE = 2200.0;        /* weights span 2^2098 = exp(1454) */
-static const ptrdiff_t f64_EXACT_COARSE = PTRDIFF_MAX;  /* 2^-103 n is small for any n */
+static const double f64_EXP_RANGE = 746.0;             /* exp(-746) < 2^-1075 */
+static const double f64_WEIGHTED_RANGE = 2200.0;       /* weights span 2^2098 = exp(1454) */
+static const ptrdiff_t f64_EXACT_COARSE = PTRDIFF_MAX; /* 2^-103 n is small for any n */
 
 /* log f = 2u + u^3 P(u^2), u = (f-1)/(f+1), |u| <= 0.1716, relative error <= 2^-59.4 */
 static const double f64_LOG_P0 = 0x1.5555555555592p-1;

@@ -1,16 +1,17 @@
-/* fastsoftmax: exact-sum softmax on the CPU. The C API, and the only header that the Python binding includes.
+/* fastsoftmax: exact-sum softmax on the CPU. The C API, and the only header that the Python binding
+ * includes.
  *
- * A caller describes its arrays in an fsm_problem, makes a plan of it, and runs the plan until it is done:
+ * A caller describes its arrays in an fsm_problem, makes a plan of it, and runs the plan until it
+ * is done:
  *
  *     fsm_plan *plan;
  *     fsm_status s = fsm_plan_new(&plan, &problem);
  *     while (s == FSM_AGAIN) s = fsm_plan_run(plan);     // each call: a slice of some milliseconds
  *     fsm_plan_free(plan);
  *
- * Small contiguous work has a shorter way, without plan or heap: fsm_softmax_small.
- * Nothing here checks types or shapes beyond what is stated: the caller (_core.pyx) owns the semantics. Every function
- * may be called from any thread; a plan belongs to one thread at a time.
- */
+ * Small contiguous work has a shorter way, without plan or heap: fsm_softmax_small. Nothing here
+ * checks types or shapes beyond what is stated: the caller (_core.pyx) owns the semantics. Every
+ * function may be called from any thread; a plan belongs to one thread at a time. */
 #ifndef FASTSOFTMAX_H
 #define FASTSOFTMAX_H
 
@@ -36,12 +37,12 @@ typedef enum {
 } fsm_dtype;
 
 typedef enum {
-    FSM_SOFTMAX,              /* out = exp(z - lse(z)),            z = fma(x, scale, bias)          */
-    FSM_LOG_SOFTMAX,          /* out = z - lse(z)                                                   */
-    FSM_LOGSUMEXP,            /* out = lse(z), one value per row                                    */
-    FSM_LOGSUMEXP_WEIGHTED,   /* out = log|sum(y exp(x))|, sign = its sign; y == 0 takes no part    */
-    FSM_SOFTMAX_BACKWARD,     /* out = scale * y * (x - sum(x y));  x is the gradient               */
-    FSM_LOG_SOFTMAX_BACKWARD, /* out = scale * (x - exp(y) sum(x))                                  */
+    FSM_SOFTMAX,            /* out = exp(z - lse(z)),            z = fma(x, scale, bias)          */
+    FSM_LOG_SOFTMAX,        /* out = z - lse(z)                                                   */
+    FSM_LOGSUMEXP,          /* out = lse(z), one value per row                                    */
+    FSM_LOGSUMEXP_WEIGHTED, /* out = log|sum(y exp(x))|, sign = its sign; y == 0 takes no part    */
+    FSM_SOFTMAX_BACKWARD,   /* out = scale * y * (x - sum(x y));  x is the gradient               */
+    FSM_LOG_SOFTMAX_BACKWARD, /* out = scale * (x - exp(y) sum(x)) */
     FSM_OP_COUNT
 } fsm_op;
 
@@ -66,7 +67,7 @@ typedef enum {
 typedef struct fsm_isa fsm_isa; /* the kernels of one instruction set */
 
 typedef struct {
-    char *data;                      /* the element (0, ..., 0); any alignment */
+    char *data; /* the element (0, ..., 0); any alignment */
     fsm_dtype dtype;
     ptrdiff_t strides[FSM_MAX_NDIM]; /* in bytes; negative and 0 are fine; 0 where broadcast */
 } fsm_array;
@@ -84,21 +85,25 @@ typedef struct {
 
 typedef struct fsm_plan fsm_plan;
 
-/* FSM_AGAIN: *plan is ready to run. FSM_DONE: nothing to compute, *plan is NULL. FSM_NOMEM: *plan is NULL. */
+/* FSM_AGAIN: *plan is ready to run. FSM_DONE: nothing to compute, *plan is NULL. FSM_NOMEM: *plan
+ * is NULL. */
 fsm_status fsm_plan_new(fsm_plan **plan, const fsm_problem *problem);
 fsm_status fsm_plan_run(fsm_plan *plan);
 void fsm_plan_free(fsm_plan *plan);
 
-/* `rows` rows of n >= 1 elements, C-contiguous, x and out of one floating dtype, out == x or disjoint from it: softmax (log == 0) or
- * log_softmax (log == 1) on this thread, without a plan or heap. rows * n should be small (see fsm_is_small). */
-void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void *x, void *out, ptrdiff_t rows,
-                       ptrdiff_t n);
+/* `rows` rows of n >= 1 elements, C-contiguous, x and out of one floating dtype, out == x or
+ * disjoint from it: softmax (log == 0) or log_softmax (log == 1) on this thread, without a plan or
+ * heap. rows * n should be small (see fsm_is_small). */
+void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void *x, void *out,
+                       ptrdiff_t rows, ptrdiff_t n);
 int fsm_is_small(ptrdiff_t elements); /* true: no second thread would be woken for so many */
 
-/* ISAs, best first. fsm_isa_at(i) is NULL past the end; only those that this CPU can run are listed. */
+/* ISAs, best first. fsm_isa_at(i) is NULL past the end; only those that this CPU can run are
+ * listed. */
 const fsm_isa *fsm_isa_at(int i);
 const char *fsm_isa_name(const fsm_isa *isa);
-void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x, ptrdiff_t n);   /* the internal exp, x <= 0 */
+void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x,
+                 ptrdiff_t n); /* the internal exp, x <= 0 */
 void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n); /* for its tests */
 
 /* Threads. */

@@ -1,14 +1,17 @@
-/* The table of kernels that each ISA exports, one set for each compute type: what the layers above may ask of the mathematics.
+/* The table of kernels that each ISA exports, one set for each compute type: what the layers above
+ * may ask of the mathematics.
  *
- * Every operation is three passes over a row, and a row may come in any number of pieces (tiles), in any order:
+ * Every operation is three passes over a row, and a row may come in any number of pieces (tiles),
+ * in any order:
  *     max    the reference: the largest logit (for a backward pass the largest |term|)
- *     sum    an exact integer sum (exp.inc.h), so that no piece, order or width of vector can change a bit of it
+ *     sum    an exact integer sum (exp.inc.h): no piece, order or width of vector can change a bit
  *     map    the result, element by element
- * Between them `reference` and `finish` turn what was gathered into the constants of the next pass. fsm_state carries it.
+ * Between them `reference` and `finish` turn what was gathered into the constants of the next pass.
+ * fsm_state carries it.
  *
- * A state has lanes. lanes == 1: one row, its elements contiguous in the tile, vectors run along the row. lanes > 1: that many rows side
- * by side, element i of row l at [i * lanes + l], vectors run across the rows. lanes is then a multiple of FSM_LANE_QUANTUM.
- */
+ * A state has lanes. lanes == 1: one row, its elements contiguous in the tile, vectors run along
+ * the row. lanes > 1: that many rows side by side, element i of row l at [i * lanes + l], vectors
+ * run across the rows. lanes is then a multiple of FSM_LANE_QUANTUM. */
 #ifndef FSM_KERNELS_H
 #define FSM_KERNELS_H
 
@@ -17,8 +20,8 @@
 enum {
     FSM_LANES = 64,        /* rows side by side at the most */
     FSM_LANE_QUANTUM = 16, /* the widest vector of any ISA, in float32 */
-    FSM_BLOCK = 1024,      /* elements of a block of longer rows: it and its exponentials stay in the nearest cache */
-    FSM_SHORT_ROW = 32,    /* rows up to this long are transposed, so that lanes are rows */
+    FSM_BLOCK = 1024,   /* elements of a block of longer rows, which stays in the nearest cache */
+    FSM_SHORT_ROW = 32, /* rows up to this long are transposed, so that lanes are rows */
     FSM_ALIGN = 64
 };
 
@@ -37,21 +40,22 @@ typedef struct {
     ptrdiff_t n;         /* length of the whole row: it decides how fine the sum is (exp.inc.h) */
     fsm_lanes max;       /* NaN: the row has a NaN */
     fsm_lanes exponent;  /* weighted: the largest exponent of a term */
-    fsm_lanes nonfinite; /* weighted, backward: the sum of the terms that are not finite, 0 if there are none */
+    fsm_lanes nonfinite; /* weighted, backward: the sum of the terms that are not finite, or 0 */
     fsm_lanes exp[5];    /* constants of exp (exp.inc.h); backward: of the scaling of the terms */
     fsm_exact_sum sum;
     fsm_lanes value[2]; /* constants of map; the results of a reduction */
     int want_sign;      /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
-    int special;        /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
+    int special; /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
 } fsm_state;
 
-/* A piece of the rows of a state: n elements of each. x and out have a dtype of their own when lanes == 1, else the compute type. */
+/* A piece of the rows of a state: n elements of each. x and out have a dtype of their own when
+ * lanes == 1, else the compute type. */
 typedef struct {
     ptrdiff_t n;
     const void *x;
     fsm_dtype x_dtype;
     const void *y; /* compute type, contiguous like x */
-    void *e;       /* sum: exp goes here too, if not NULL (compute type; may be x). map: it is read from here, if not NULL */
+    void *e;       /* NULL, or where exp goes in sum and is read in map (compute type; may be x) */
     void *out;     /* may be x, y or e */
     fsm_dtype out_dtype;
     const void *scale; /* backward: 1/temperature per lane, compute type */
@@ -59,14 +63,16 @@ typedef struct {
 
 typedef struct {
     void (*max)(fsm_state *, const fsm_tile *);
-    void (*max2)(fsm_state *, const fsm_tile *); /* NULL but for weighted sums: the largest exponent of a term */
+    void (*max2)(fsm_state *,
+                 const fsm_tile *); /* NULL but for weighted sums: the largest exponent of a term */
     void (*reference)(fsm_state *);
     void (*sum)(fsm_state *, const fsm_tile *);
     void (*finish)(fsm_state *);
     void (*map)(const fsm_state *, const fsm_tile *); /* NULL for reductions */
 } fsm_passes;
 
-/* A strided run of elements with what is fused into reading them: z = fma(x, scale, bias), or `excluded`. */
+/* A strided run of elements with what is fused into reading them: z = fma(x, scale, bias), or
+ * `excluded`. */
 typedef struct {
     const char *x, *bias, *where, *scale; /* NULL = absent */
     ptrdiff_t x_stride, bias_stride, where_stride, scale_stride;
@@ -80,7 +86,9 @@ typedef struct {
     char *out;
     ptrdiff_t x_stride, out_stride, rows, n;
     fsm_dtype x_dtype, out_dtype;
-    void *scratch; /* if out has another type: max(n, FSM_BLOCK) elements of the compute type for exp, or NULL, and exp is computed twice */
+    /* Where exp goes if out has another type: max(n, FSM_BLOCK) elements of the compute type; or
+     * NULL, and exp is computed twice. */
+    void *scratch;
 } fsm_rows;
 
 typedef struct {
@@ -89,7 +97,8 @@ typedef struct {
     void (*begin)(fsm_state *, int lanes, ptrdiff_t n);
     void (*merge)(fsm_state *into, const fsm_state *from);
     void (*load)(void *z, const fsm_run *, ptrdiff_t n);
-    void (*load_special)(void *z, const fsm_run *, ptrdiff_t n, double excluded); /* NaN if it takes part, else `excluded` */
+    void (*load_special)(void *z, const fsm_run *, ptrdiff_t n,
+                         double excluded); /* NaN if it takes part, else `excluded` */
     void (*store)(char *out, ptrdiff_t stride, fsm_dtype dtype, const void *y, ptrdiff_t n);
     void (*exp)(void *out, const void *x, ptrdiff_t n); /* x <= 0; for tests */
 } fsm_kernels;

@@ -1,5 +1,6 @@
-/* Reading any strided run of any dtype into contiguous FSM_TYPE, with scale, bias and where fused, and writing one back. Plain C: the
- * compiler vectorises the contiguous cases, and the strided ones are bound by the loads. */
+/* Reading any strided run of any dtype into contiguous FSM_TYPE, with scale, bias and where fused,
+ * and writing one back. Plain C: the compiler vectorises the contiguous cases, and the strided ones
+ * are bound by the loads. */
 
 #define load_as FSM_NAME(load_as)
 #define store_as FSM_NAME(store_as)
@@ -16,27 +17,31 @@
 #define LANE(member) member.f32
 #define REAL_DTYPE FSM_F32
 /* Makes the dtype a constant of what is inlined behind it. */
-#define SWITCH_DTYPE(dtype, call)                                                                                                  \
-    switch (dtype) {                                                                                                               \
-    case FSM_F16: call(FSM_F16); break;                                                                                            \
-    case FSM_BF16: call(FSM_BF16); break;                                                                                          \
-    default: call(FSM_F32); break;                                                                                                 \
+#define SWITCH_DTYPE(dtype, call)         \
+    switch (dtype) {                      \
+    case FSM_F16: call(FSM_F16); break;   \
+    case FSM_BF16: call(FSM_BF16); break; \
+    default: call(FSM_F32); break;        \
     }
 #else
 #define LANE(member) member.f64
 #define REAL_DTYPE FSM_F64
-#define SWITCH_DTYPE(dtype, call)                                                                                                  \
-    {                                                                                                                              \
-        (void)(dtype);                                                                                                             \
-        call(FSM_F64);                                                                                                             \
+#define SWITCH_DTYPE(dtype, call) \
+    {                             \
+        (void)(dtype);            \
+        call(FSM_F64);            \
     }
 #endif
 
 /* Element i of an array of that dtype, VL of them, or the first n < VL. */
 FSM_INLINE vec load_as(fsm_dtype dtype, const void *p, ptrdiff_t i, ptrdiff_t n, vec fill) {
 #if FSM_BITS == 32
-    if (dtype == FSM_F16) return n < VL ? f16_load_n((const uint16_t *)p + i, n, fill) : f16_load((const uint16_t *)p + i);
-    if (dtype == FSM_BF16) return n < VL ? bf16_load_n((const uint16_t *)p + i, n, fill) : bf16_load((const uint16_t *)p + i);
+    if (dtype == FSM_F16)
+        return n < VL ? f16_load_n((const uint16_t *)p + i, n, fill)
+                      : f16_load((const uint16_t *)p + i);
+    if (dtype == FSM_BF16)
+        return n < VL ? bf16_load_n((const uint16_t *)p + i, n, fill)
+                      : bf16_load((const uint16_t *)p + i);
 #else
     (void)dtype;
 #endif
@@ -62,21 +67,22 @@ FSM_INLINE void store_as(fsm_dtype dtype, void *p, ptrdiff_t i, ptrdiff_t n, vec
     else v_store((real *)p + i, a);
 }
 
-/* z[i] = (real)x[i]. The copy through memcpy is a plain load; it is there because x may have any alignment. */
+/* z[i] = (real)x[i]. The copy through memcpy is a plain load; it is there because x may have any
+ * alignment. */
 #undef WIDEN_LOOP
-#define WIDEN_LOOP(TYPE, CONVERT)                                                                                                  \
-    for (ptrdiff_t i = 0; i < n; i++) {                                                                                            \
-        TYPE a;                                                                                                                    \
-        memcpy(&a, x + i * stride, sizeof a);                                                                                      \
-        z[i] = (real)CONVERT(a);                                                                                                   \
+#define WIDEN_LOOP(TYPE, CONVERT)             \
+    for (ptrdiff_t i = 0; i < n; i++) {       \
+        TYPE a;                               \
+        memcpy(&a, x + i * stride, sizeof a); \
+        z[i] = (real)CONVERT(a);              \
     }
 #undef WIDEN
-#define WIDEN(DTYPE, TYPE, CONVERT)                                                                                                \
-    case DTYPE:                                                                                                                    \
-        if (stride == (ptrdiff_t)sizeof(TYPE)) {                                                                                   \
-            const ptrdiff_t stride = sizeof(TYPE);                                                                                 \
-            WIDEN_LOOP(TYPE, CONVERT)                                                                                              \
-        } else WIDEN_LOOP(TYPE, CONVERT)                                                                                           \
+#define WIDEN(DTYPE, TYPE, CONVERT)                \
+    case DTYPE:                                    \
+        if (stride == (ptrdiff_t)sizeof(TYPE)) {   \
+            const ptrdiff_t stride = sizeof(TYPE); \
+            WIDEN_LOOP(TYPE, CONVERT)              \
+        } else WIDEN_LOOP(TYPE, CONVERT)           \
         break;
 
 static void widen(real *z, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptrdiff_t n) {
@@ -113,23 +119,30 @@ static void widen(real *z, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptr
     }
 }
 
-/* excluded where the entry takes no part, else z. An entry whose bias is -inf takes no part, whatever x is: inf - inf must not get in. */
+/* excluded where the entry takes no part, else z. An entry whose bias is -inf takes no part,
+ * whatever x is: inf - inf must not get in. */
 static void load_run(void *out, const fsm_run *run, ptrdiff_t n) {
     const real excluded = (real)run->excluded;
-    for (ptrdiff_t start = 0; start < n; start += LOAD_BLOCK) { /* blocks, so that the steps meet in the nearest cache */
+    for (ptrdiff_t start = 0; start < n;
+         start += LOAD_BLOCK) { /* blocks, so that the steps meet in the nearest cache */
         const ptrdiff_t k = n - start < LOAD_BLOCK ? n - start : LOAD_BLOCK;
         real *z = (real *)out + start, bias[LOAD_BLOCK], scale[LOAD_BLOCK];
         widen(z, run->x + start * run->x_stride, run->x_stride, run->x_dtype, k);
         if (run->scale || run->bias) {
-            if (run->scale) widen(scale, run->scale + start * run->scale_stride, run->scale_stride, REAL_DTYPE, k);
+            if (run->scale)
+                widen(scale, run->scale + start * run->scale_stride, run->scale_stride, REAL_DTYPE,
+                      k);
             else
                 for (ptrdiff_t i = 0; i < k; i++) scale[i] = 1;
             if (run->bias) {
-                widen(bias, run->bias + start * run->bias_stride, run->bias_stride, run->bias_dtype, k);
+                widen(bias, run->bias + start * run->bias_stride, run->bias_stride, run->bias_dtype,
+                      k);
                 ptrdiff_t i = 0;
-                for (; i + VL <= k; i += VL) v_store(z + i, v_fma(v_load(z + i), v_load(scale + i), v_load(bias + i)));
+                for (; i + VL <= k; i += VL)
+                    v_store(z + i, v_fma(v_load(z + i), v_load(scale + i), v_load(bias + i)));
                 if (i < k) {
-                    vec zero = v_set1(0), a = v_load_n(z + i, k - i, zero), s = v_load_n(scale + i, k - i, zero);
+                    vec zero = v_set1(0), a = v_load_n(z + i, k - i, zero),
+                        s = v_load_n(scale + i, k - i, zero);
                     v_store_n(z + i, v_fma(a, s, v_load_n(bias + i, k - i, zero)), k - i);
                 }
                 for (i = 0; i < k; i++) z[i] = bias[i] == -INFINITY ? excluded : z[i];

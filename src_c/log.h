@@ -22,7 +22,8 @@ FSM_INLINE double exp2i(int k) {
     return a;
 }
 
-/* log((1 + u) / (1 - u)) = 2 atanh(u) = 2u + u^3 P(u^2) for |u| <= 3 - 2 sqrt(2); derive_exp.py, relative error 2^-59.4. */
+/* log((1 + u) / (1 - u)) = 2 atanh(u) = 2u + u^3 P(u^2) for |u| <= 3 - 2 sqrt(2); derive_exp.py,
+ * relative error 2^-59.4. */
 FSM_INLINE double two_atanh(double u) {
     const double v = u * u;
     double p = f64_LOG_P6;
@@ -37,7 +38,8 @@ FSM_INLINE double two_atanh(double u) {
 
 #define SQRT2 0x1.6a09e667f3bcdp+0
 
-/* c + log(a 2^k) for a finite a > 0 and an integer k; error: 1 ulp of the largest of |c|, |k ln2| and the result. */
+/* c + log(a 2^k) for a finite a > 0 and an integer k; error: 1 ulp of the largest of |c|, |k ln2|
+ * and the result. */
 FSM_INLINE double log_scaled(double a, double k, double c) {
     const int e = exponent_of(a), half = e / 2;
     double f = a * exp2i(-half) * exp2i(half - e); /* [1, 2) */

@@ -82,15 +82,18 @@ static int read_numbers(const char *dir, const char *file, long long *a, long lo
 static int group_cpus(const char *dir) {
     long long quota = -1, period = 0, none;
     if (read_numbers(dir, "cpu.max", &quota, &period) == 2) return quota_cpus(quota, period);
-    if (read_numbers(dir, "cpu.cfs_quota_us", &quota, &none) == 1 && read_numbers(dir, "cpu.cfs_period_us", &period, &none) == 1)
+    if (read_numbers(dir, "cpu.cfs_quota_us", &quota, &none) == 1 &&
+        read_numbers(dir, "cpu.cfs_period_us", &period, &none) == 1)
         return quota_cpus(quota, period);
     return INT_MAX;
 }
 
-/* The smallest quota of this process's group and of those above it. /proc/self/cgroup has lines "id:controllers:path"; inside a container the
- * path may not exist under the mount, and the mount's root is then the group. */
+/* The smallest quota of this process's group and of those above it. /proc/self/cgroup has lines
+ * "id:controllers:path"; inside a container the path may not exist under the mount, and the mount's
+ * root is then the group. */
 static int cgroup_cpus(void) {
-    static const char *const mounts[] = {"/sys/fs/cgroup", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"};
+    static const char *const mounts[] = {"/sys/fs/cgroup", "/sys/fs/cgroup/cpu",
+                                         "/sys/fs/cgroup/cpu,cpuacct"};
     char line[4096], dir[4224];
     int least = INT_MAX;
     for (int m = 0; m < 3; m++) {
@@ -146,7 +149,8 @@ int fsm_has_openmp(void) {
 /* ---- OpenMP's own limit, and fork ---- */
 
 #ifdef _OPENMP
-static atomic_int forked;           /* this process is the child of one that may have had a team: libgomp would wait for it for ever */
+/* This process is the child of one that may have had a team: libgomp would wait for it for ever. */
+static atomic_int forked;
 static atomic_int first_limit = -1; /* what OpenMP allowed when it was first asked */
 #endif
 
@@ -175,7 +179,8 @@ void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, 
         static pthread_once_t once = PTHREAD_ONCE_INIT;
         pthread_once(&once, watch_fork);
 #endif
-        atomic_ptrdiff_t next = 0; /* taken piece by piece, so that a thread that was held up takes fewer */
+        atomic_ptrdiff_t next =
+            0; /* taken piece by piece, so that a thread that was held up takes fewer */
 #pragma omp parallel num_threads(threads)
         {
             const unsigned mode = fsm_fp_enter();

@@ -4,11 +4,13 @@
 
 #include "fastsoftmax.h"
 
-/* Does units [begin, end). `thread` is below the number of threads asked for and differs between those that run at once. */
+/* Does units [begin, end). `thread` is below the number of threads asked for and differs between
+ * those that run at once. */
 typedef void (*fsm_body)(void *context, int thread, ptrdiff_t begin, ptrdiff_t end);
 
-/* Calls body on pieces of [0, n), `grain` units at a time, in any order, on at most `threads` threads, and returns when all is done. Every call
- * of body sees the default floating-point mode (nearest, no flush to zero, no traps), and the caller's is as before afterwards. */
+/* Calls body on pieces of [0, n), `grain` units at a time, in any order, on at most `threads`
+ * threads, and returns when all is done. Every call of body sees the default floating-point mode
+ * (nearest, no flush to zero, no traps), and the caller's is as before afterwards. */
 void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context);
 
 /* The floating-point mode of this thread: enter returns what to give to leave. */

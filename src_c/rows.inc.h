@@ -1,4 +1,5 @@
-/* Whole contiguous rows with nothing fused: the three passes back to back while the row is in the nearest cache. */
+/* Whole contiguous rows with nothing fused: the three passes back to back while the row is in the
+ * nearest cache. */
 
 #define rows_pass FSM_NAME(rows_pass)
 #define map_and_max FSM_NAME(map_and_max)
@@ -25,11 +26,14 @@ FSM_INLINE void rows_pass(fsm_op op, fsm_state *st, const fsm_tile *t, int map) 
 }
 
 static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
-    for (ptrdiff_t i = 0; i < n; i += VL) store_as(dtype, out, i, n - i < VL ? n - i : VL, v_set1(value));
+    for (ptrdiff_t i = 0; i < n; i += VL)
+        store_as(dtype, out, i, n - i < VL ? n - i : VL, v_set1(value));
 }
 
-/* The map of a row, bound by its stores, and the max of another, bound by its loads, in one loop: they run at once. */
-FSM_INLINE real map_and_max(fsm_dtype out_dtype, fsm_dtype x_dtype, void *out, const real *e, const void *next, ptrdiff_t n, map_ref map) {
+/* The map of a row, bound by its stores, and the max of another, bound by its loads, in one loop:
+ * they run at once. */
+FSM_INLINE real map_and_max(fsm_dtype out_dtype, fsm_dtype x_dtype, void *out, const real *e,
+                            const void *next, ptrdiff_t n, map_ref map) {
     const map_vref mr = {v_set1(map.a), v_set1(map.b)};
     running_max m = max_begin();
     ptrdiff_t i = 0;
@@ -46,14 +50,18 @@ FSM_INLINE real map_and_max(fsm_dtype out_dtype, fsm_dtype x_dtype, void *out, c
     return max_end(&m, x_dtype, next, n);
 }
 
-/* softmax of long rows, a block of them at a time: within a pass the rows do not wait for each other's reductions, the constants of the
- * block are computed as vectors, and while the results of one block are stored the next one comes from memory. */
+/* softmax of long rows, a block of them at a time: within a pass the rows do not wait for each
+ * other's reductions, the constants of the block are computed as vectors, and while the results of
+ * one block are stored the next one comes from memory. */
 FSM_INLINE void rows_softmax(fsm_dtype out_dtype, fsm_dtype x_dtype, const fsm_rows *w) {
-    const int block = w->n > FSM_BLOCK ? 1 : FSM_BLOCK / w->n < FSM_LANES ? (int)(FSM_BLOCK / w->n) : FSM_LANES, fine = w->n > EXACT_COARSE;
-    const int in_out = out_dtype == REAL_DTYPE; /* exp goes to out, else to scratch, a row at a time, or nowhere */
+    const ptrdiff_t fitting = FSM_BLOCK / w->n;
+    const int block = fitting > FSM_LANES ? FSM_LANES : fitting > 1 ? (int)fitting : 1;
+    const int fine = w->n > EXACT_COARSE;
+    const int in_out = out_dtype == REAL_DTYPE; /* exp goes to out, else to scratch, or nowhere */
     fsm_state st;
     real next_max[FSM_LANES];
-    for (int l = 0; l < block && l < w->rows; l++) next_max[l] = row_max(x_dtype, w->x + l * w->x_stride, w->n);
+    for (int l = 0; l < block && l < w->rows; l++)
+        next_max[l] = row_max(x_dtype, w->x + l * w->x_stride, w->n);
     for (ptrdiff_t r = 0; r < w->rows; r += block) {
         const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
         begin_state(&st, rows, w->n);
@@ -61,14 +69,18 @@ FSM_INLINE void rows_softmax(fsm_dtype out_dtype, fsm_dtype x_dtype, const fsm_r
         reference_pass(&st);
         for (int l = 0; l < rows; l++) {
             const char *x = w->x + (r + l) * w->x_stride;
-            real *e = in_out ? (real *)(w->out + (r + l) * w->out_stride) : w->scratch ? (real *)w->scratch + l * w->n : NULL;
+            real *e = in_out       ? (real *)(w->out + (r + l) * w->out_stride)
+                      : w->scratch ? (real *)w->scratch + l * w->n
+                                   : NULL;
             row_sum(x_dtype, e, x, w->n, row_ref(&st, l), &st.sum, l, fine);
         }
         finish_softmax(&st);
         for (int l = 0; l < rows; l++) {
             const char *x = w->x + (r + l) * w->x_stride, *next = x + block * w->x_stride;
             char *out = w->out + (r + l) * w->out_stride;
-            const real *e = in_out ? (const real *)out : w->scratch ? (const real *)w->scratch + l * w->n : NULL;
+            const real *e = in_out       ? (const real *)out
+                            : w->scratch ? (const real *)w->scratch + l * w->n
+                                         : NULL;
             const map_ref map = {LANE(st.value[0])[l], LANE(st.value[1])[l]};
             const int more = r + l + block < w->rows;
             if (e && more) next_max[l] = map_and_max(out_dtype, x_dtype, out, e, next, w->n, map);
@@ -88,34 +100,43 @@ FSM_INLINE void rows_log(fsm_op op, const fsm_rows *w) {
     real lse[FSM_LANES];
     for (ptrdiff_t r = 0, kept = 0; r < w->rows; r++) {
         char *out = w->out + r * w->out_stride;
-        fsm_tile t = {.n = w->n, .x = w->x + r * w->x_stride, .x_dtype = w->x_dtype, .out = out, .out_dtype = w->out_dtype};
+        fsm_tile t = {.n = w->n,
+                      .x = w->x + r * w->x_stride,
+                      .x_dtype = w->x_dtype,
+                      .out = out,
+                      .out_dtype = w->out_dtype};
         begin_state(&st, 1, w->n);
         rows_pass(op, &st, &t, op == FSM_LOG_SOFTMAX);
         if (op == FSM_LOGSUMEXP) {
             lse[kept++] = LANE(st.value[0])[0];
             if (kept == FSM_LANES || r == w->rows - 1) {
-                store_run(w->out + (r + 1 - kept) * w->out_stride, w->out_stride, w->out_dtype, lse, kept);
+                store_run(w->out + (r + 1 - kept) * w->out_stride, w->out_stride, w->out_dtype, lse,
+                          kept);
                 kept = 0;
             }
         } else if (st.special) fill_row(w->out_dtype, out, w->n, NAN);
     }
 }
 
-/* `rows` rows of n elements into a tile of `lanes` lanes, and back, in squares of VL; lanes without a row become 0. */
-FSM_INLINE void transpose_in(real *tile, int lanes, const char *x, ptrdiff_t stride, fsm_dtype dtype, int rows, ptrdiff_t n) {
+/* `rows` rows of n elements into a tile of `lanes` lanes, and back, in squares of VL; lanes without
+ * a row become 0. */
+FSM_INLINE void transpose_in(real *tile, int lanes, const char *x, ptrdiff_t stride,
+                             fsm_dtype dtype, int rows, ptrdiff_t n) {
     for (int g = 0; g < lanes; g += VL)
         for (ptrdiff_t i = 0; i < n; i += VL) {
             const ptrdiff_t k = n - i < VL ? n - i : VL;
             vec a[VL];
             for (int l = 0; l < VL; l++)
-                a[l] = g + l < rows ? load_as(dtype, x + (g + l) * stride, i, k, v_set1(0)) : v_set1(0);
+                a[l] = g + l < rows ? load_as(dtype, x + (g + l) * stride, i, k, v_set1(0))
+                                    : v_set1(0);
             v_transpose(a);
             for (int l = 0; l < VL; l++)
                 if (l < k) v_store(tile + (i + l) * lanes + g, a[l]);
         }
 }
 
-FSM_INLINE void transpose_out(const real *tile, int lanes, char *out, ptrdiff_t stride, fsm_dtype dtype, int rows, ptrdiff_t n) {
+FSM_INLINE void transpose_out(const real *tile, int lanes, char *out, ptrdiff_t stride,
+                              fsm_dtype dtype, int rows, ptrdiff_t n) {
     for (int g = 0; g < lanes; g += VL)
         for (ptrdiff_t i = 0; i < n; i += VL) {
             const ptrdiff_t k = n - i < VL ? n - i : VL;
@@ -127,7 +148,8 @@ FSM_INLINE void transpose_out(const real *tile, int lanes, char *out, ptrdiff_t 
         }
 }
 
-/* Rows of a few elements: a vector along one would be mostly empty and its reductions would cost more than the row. Lanes are rows. */
+/* Rows of a few elements: a vector along one would be mostly empty and its reductions would cost
+ * more than the row. Lanes are rows. */
 FSM_INLINE void rows_short(fsm_op op, const fsm_rows *w, fsm_dtype x_dtype, fsm_dtype out_dtype) {
     fsm_state st;
     real tile[FSM_SHORT_ROW * FSM_LANES];
@@ -135,7 +157,8 @@ FSM_INLINE void rows_short(fsm_op op, const fsm_rows *w, fsm_dtype x_dtype, fsm_
         const int rows = w->rows - r < FSM_LANES ? (int)(w->rows - r) : FSM_LANES;
         const int lanes = (rows + FSM_LANE_QUANTUM - 1) / FSM_LANE_QUANTUM * FSM_LANE_QUANTUM;
         char *out = w->out + r * w->out_stride;
-        fsm_tile t = {.n = w->n, .x = tile, .x_dtype = REAL_DTYPE, .out = tile, .out_dtype = REAL_DTYPE};
+        fsm_tile t = {
+            .n = w->n, .x = tile, .x_dtype = REAL_DTYPE, .out = tile, .out_dtype = REAL_DTYPE};
         if (op == FSM_SOFTMAX) t.e = tile;
         transpose_in(tile, lanes, w->x + r * w->x_stride, w->x_stride, x_dtype, rows, w->n);
         begin_state(&st, lanes, w->n);
@@ -146,13 +169,14 @@ FSM_INLINE void rows_short(fsm_op op, const fsm_rows *w, fsm_dtype x_dtype, fsm_
         }
         transpose_out(tile, lanes, out, w->out_stride, out_dtype, rows, w->n);
         for (int l = 0; l < rows && st.special; l++)
-            if (LANE(st.max)[l] - LANE(st.max)[l] != 0) fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
+            if (LANE(st.max)[l] - LANE(st.max)[l] != 0)
+                fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
     }
 }
 
 FSM_INLINE void rows_softmax_to(fsm_dtype out_dtype, const fsm_rows *w) {
 #define CALL(DTYPE) rows_softmax(out_dtype, DTYPE, w)
-    SWITCH_DTYPE(w->x_dtype, CALL)
+    SWITCH_DTYPE(w->x_dtype, CALL);
 #undef CALL
 }
 
@@ -165,7 +189,7 @@ static void rows_all(fsm_op op, const fsm_rows *w) {
     else if (op == FSM_LOGSUMEXP) rows_log(FSM_LOGSUMEXP, w);
     else {
 #define CALL(DTYPE) rows_softmax_to(DTYPE, w)
-        SWITCH_DTYPE(w->out_dtype, CALL)
+        SWITCH_DTYPE(w->out_dtype, CALL);
 #undef CALL
     }
 }

@@ -1,16 +1,18 @@
 /* The softmax family over strided arrays: how a problem is walked.
  *
- * The dimensions of a problem are of two kinds, those of the rows and those of the softmax axis. Since neither the order of the rows nor
- * (exp.inc.h) that of the elements in a row matters, dimensions are flipped, sorted and merged freely. What is left is walked in one of three ways:
+ * The dimensions of a problem are of two kinds, those of the rows and those of the softmax axis.
+ * Since neither the order of the rows nor (exp.inc.h) that of the elements in a row matters,
+ * dimensions are flipped, sorted and merged freely. What is left is walked in one of three ways:
  *
- *     direct   contiguous rows with nothing fused: the kernels take them where they lie (rows.inc.h)
- *     row      a row at a time is read into scratch, whatever its strides, dtype and masks, and processed there
- *     lanes    where the rows lie closer together than the elements of one (a strided axis), or are short: FSM_LANES rows at a time
+ *     direct   contiguous rows with nothing fused: the kernels take them where they lie
+ *     row      a row at a time is read into scratch, whatever its strides, dtype and masks
+ *     lanes    FSM_LANES rows at a time, where they lie closer together than the elements of one (a
+ *              strided axis), or are short
  *
- * A unit of work is a row, or a group of lanes. If it fits the scratch it is read once; else each pass reads it again, in chunks. Units are
- * dealt to the threads; a unit that is too long for that (`wide`) is itself dealt, chunk by chunk, pass by pass, and the threads' sums merge
- * exactly. fsm_plan_run does a slice of all this, so that the caller can look for signals in between.
- */
+ * A unit of work is a row, or a group of lanes. If it fits the scratch it is read once; else each
+ * pass reads it again, in chunks. Units are dealt to the threads; a unit that is too long for that
+ * (`wide`) is itself dealt, chunk by chunk, pass by pass, and the threads' sums merge exactly.
+ * fsm_plan_run does a slice of all this, so that the caller can look for signals in between. */
 #include "kernels.h"
 #include "parallel.h"
 
@@ -19,12 +21,13 @@
 #include <string.h>
 
 enum {
-    SERIAL_BELOW = 1 << 15,      /* elements: a second thread costs more than it brings (about 5 us to wake) */
-    PER_THREAD = 1 << 14,        /* elements that each further thread must get */
-    SCRATCH_BYTES = 1 << 19,     /* of a unit that is read once: half of a common second-level cache */
-    CHUNK_BYTES = 1 << 16,       /* of a piece of a longer one */
-    DIRECT_MOST = 1 << 18,       /* elements of a direct row; a longer one is worth being dealt */
-    SLICE = 1 << 23              /* elements done between two looks at the signals: 10 ms or so */
+    SERIAL_BELOW =
+        1 << 15, /* elements: a second thread costs more than it brings (about 5 us to wake) */
+    PER_THREAD = 1 << 14,    /* elements that each further thread must get */
+    SCRATCH_BYTES = 1 << 19, /* of a unit that is read once: half of a common second-level cache */
+    CHUNK_BYTES = 1 << 16,   /* of a piece of a longer one */
+    DIRECT_MOST = 1 << 18,   /* elements of a direct row; a longer one is worth being dealt */
+    SLICE = 1 << 23          /* elements done between two looks at the signals: 10 ms or so */
 };
 
 typedef enum { PASS_MAX, PASS_MAX2, PASS_SUM, PASS_MAP, PASS_END } pass_id;
@@ -83,7 +86,8 @@ static ptrdiff_t itemsize(fsm_dtype dtype) {
     }
 }
 
-/* Drops dimensions of size 1, walks the others forwards in x, sorts them by x's stride, largest first, and merges those that are one. */
+/* Drops dimensions of size 1, walks the others forwards in x, sorts them by x's stride, largest
+ * first, and merges those that are one. */
 static int simplify(fsm_plan *p, dimension *d, int ndim) {
     int kept = 0;
     for (int i = 0; i < ndim; i++) {
@@ -113,11 +117,14 @@ static int simplify(fsm_plan *p, dimension *d, int ndim) {
     return merged;
 }
 
-static int is_backward(fsm_op op) { return op == FSM_SOFTMAX_BACKWARD || op == FSM_LOG_SOFTMAX_BACKWARD; }
+static int is_backward(fsm_op op) {
+    return op == FSM_SOFTMAX_BACKWARD || op == FSM_LOG_SOFTMAX_BACKWARD;
+}
 
 /* Floating types that the row kernels of a compute type read and write by themselves. */
 static int is_native(const fsm_plan *p, fsm_dtype dtype) {
-    return p->compute == FSM_F64 ? dtype == FSM_F64 : dtype == FSM_F16 || dtype == FSM_BF16 || dtype == FSM_F32;
+    return p->compute == FSM_F64 ? dtype == FSM_F64
+                                 : dtype == FSM_F16 || dtype == FSM_BF16 || dtype == FSM_F32;
 }
 
 static void choose_way(fsm_plan *p, const fsm_problem *problem) {
@@ -125,40 +132,53 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     const dimension *lane = p->row_ndim ? &p->row[p->row_ndim - 1] : NULL;
     const ptrdiff_t x_step = axis ? axis->stride[FSM_X] : itemsize(p->dtype[FSM_X]);
     const ptrdiff_t out_step = axis ? axis->stride[FSM_OUT] : itemsize(p->dtype[FSM_OUT]);
-    const int plain = p->op <= FSM_LOGSUMEXP && !p->data[FSM_BIAS] && !p->data[FSM_WHERE] && !p->data[FSM_SCALE];
+    const int plain =
+        p->op <= FSM_LOGSUMEXP && !p->data[FSM_BIAS] && !p->data[FSM_WHERE] && !p->data[FSM_SCALE];
     const int contiguous = p->axis_ndim <= 1 && x_step == itemsize(p->dtype[FSM_X]) &&
                            (p->op == FSM_LOGSUMEXP || out_step == itemsize(p->dtype[FSM_OUT]));
-    p->direct = plain && contiguous && is_native(p, p->dtype[FSM_X]) && is_native(p, p->dtype[FSM_OUT]);
+    p->direct =
+        plain && contiguous && is_native(p, p->dtype[FSM_X]) && is_native(p, p->dtype[FSM_OUT]);
 
     const ptrdiff_t most = SCRATCH_BYTES / p->real_size;
     p->lanes = 1;
-    if (!p->direct && lane && lane->size > 1 && p->n < PTRDIFF_MAX / 4096 && (lane->stride[FSM_X] < x_step || (p->n <= FSM_SHORT_ROW && lane->size >= 8))) {
+    if (!p->direct && lane && lane->size > 1 && p->n < PTRDIFF_MAX / 4096 &&
+        (lane->stride[FSM_X] < x_step || (p->n <= FSM_SHORT_ROW && lane->size >= 8))) {
         p->lanes = (int)least(FSM_LANES, up_to_multiple(lane->size, FSM_LANE_QUANTUM));
-        const int few = p->rows / p->lanes < 2 * p->threads; /* narrower groups give every thread some */
+        const int few =
+            p->rows / p->lanes < 2 * p->threads; /* narrower groups give every thread some */
         if (p->n * p->lanes > most || few) p->lanes = FSM_LANE_QUANTUM;
     }
     p->groups = p->lanes > 1 ? (lane->size + p->lanes - 1) / p->lanes : 1;
     p->units = p->lanes > 1 ? p->rows / lane->size * p->groups : p->rows;
     const ptrdiff_t unit_elements = p->n * p->lanes;
     p->resident = unit_elements <= most;
-    p->slice = SLICE / (p->compute == FSM_F64 ? 2 : 1) / (p->op == FSM_LOGSUMEXP_WEIGHTED ? 4 : 1) / (problem->isa == &fsm_isa_scalar ? 8 : 1);
-    p->wide = unit_elements > DIRECT_MOST || (p->units < p->threads && unit_elements >= SERIAL_BELOW);
+    p->slice = SLICE / (p->compute == FSM_F64 ? 2 : 1) / (p->op == FSM_LOGSUMEXP_WEIGHTED ? 4 : 1) /
+               (problem->isa == &fsm_isa_scalar ? 8 : 1);
+    p->wide =
+        unit_elements > DIRECT_MOST || (p->units < p->threads && unit_elements >= SERIAL_BELOW);
     if (p->wide) {
         p->resident = 0;
-        if (p->lanes > 1) p->lanes = (int)least(FSM_LANES, up_to_multiple(lane->size, FSM_LANE_QUANTUM)); /* threads share by chunks */
+        if (p->lanes > 1)
+            p->lanes = (int)least(
+                FSM_LANES,
+                up_to_multiple(lane->size, FSM_LANE_QUANTUM)); /* threads share by chunks */
         p->groups = p->lanes > 1 ? (lane->size + p->lanes - 1) / p->lanes : 1;
         p->units = p->lanes > 1 ? p->rows / lane->size * p->groups : p->rows;
     }
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
     p->chunks = (p->n + p->chunk - 1) / p->chunk;
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
-    if (p->direct && !p->wide) p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0 : p->n < FSM_BLOCK ? FSM_BLOCK : p->n;
+    if (p->direct && !p->wide)
+        p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0
+                              : p->n < FSM_BLOCK              ? FSM_BLOCK
+                                                              : p->n;
 }
 
 fsm_status fsm_plan_new(fsm_plan **result, const fsm_problem *problem) {
     *result = NULL;
     ptrdiff_t rows = 1, n = 1;
-    for (int d = 0; d < problem->ndim; d++) *(problem->reduced[d] ? &n : &rows) *= problem->shape[d];
+    for (int d = 0; d < problem->ndim; d++)
+        *(problem->reduced[d] ? &n : &rows) *= problem->shape[d];
     if (rows == 0 || n == 0) return FSM_DONE;
 
     fsm_plan draft, *p = &draft;
@@ -177,20 +197,26 @@ fsm_status fsm_plan_new(fsm_plan **result, const fsm_problem *problem) {
     for (int i = 0; i < problem->ndim; i++) {
         dimension *d = problem->reduced[i] ? &p->axis[p->axis_ndim++] : &p->row[p->row_ndim++];
         d->size = problem->shape[i];
-        for (int o = 0; o < FSM_OPERAND_COUNT; o++) d->stride[o] = p->data[o] ? problem->operand[o].strides[i] : 0;
+        for (int o = 0; o < FSM_OPERAND_COUNT; o++)
+            d->stride[o] = p->data[o] ? problem->operand[o].strides[i] : 0;
     }
     p->row_ndim = simplify(p, p->row, p->row_ndim);
     p->axis_ndim = simplify(p, p->axis, p->axis_ndim);
-    const ptrdiff_t elements = rows > PTRDIFF_MAX / n ? PTRDIFF_MAX : rows * n; /* broadcast views can have more than memory holds */
+    const ptrdiff_t elements = rows > PTRDIFF_MAX / n
+                                   ? PTRDIFF_MAX
+                                   : rows * n; /* broadcast views can have more than memory holds */
     p->threads = elements < SERIAL_BELOW ? 1 : (int)least(problem->threads, elements / PER_THREAD);
     choose_way(p, problem);
     p->unit = p->next_chunk = 0;
     p->pass_at = PASS_MAX;
 
-    /* One block: the plan, the scratch of each thread (two arrays if there is a second input), the states. */
+    /* One block: the plan, the scratch of each thread (two arrays if there is a second input), the
+     * states. */
     const int buffers = p->data[FSM_Y] ? 2 : 1;
-    p->scratch_size = up_to_multiple(p->scratch_elements * p->real_size * buffers + FSM_ALIGN, FSM_ALIGN);
-    const size_t head = (size_t)up_to_multiple(sizeof *p, FSM_ALIGN), scratch = (size_t)p->scratch_size * (size_t)p->threads;
+    p->scratch_size =
+        up_to_multiple(p->scratch_elements * p->real_size * buffers + FSM_ALIGN, FSM_ALIGN);
+    const size_t head = (size_t)up_to_multiple(sizeof *p, FSM_ALIGN),
+                 scratch = (size_t)p->scratch_size * (size_t)p->threads;
     const size_t states = p->wide ? ((size_t)p->threads + 1) * sizeof(fsm_state) : 0;
     char *block = malloc(head + scratch + states + FSM_ALIGN);
     if (!block) return FSM_NOMEM;
@@ -206,8 +232,12 @@ void fsm_plan_free(fsm_plan *p) { free(p); }
 /* ---- places ---- */
 
 static char *aligned(char *p) { return p + (-(uintptr_t)p & (FSM_ALIGN - 1)); }
-static char *scratch_of(const fsm_plan *p, int thread) { return aligned(p->scratch + p->scratch_size * thread); }
-static char *second_of(const fsm_plan *p, char *scratch) { return scratch + p->scratch_elements * p->real_size; }
+static char *scratch_of(const fsm_plan *p, int thread) {
+    return aligned(p->scratch + p->scratch_size * thread);
+}
+static char *second_of(const fsm_plan *p, char *scratch) {
+    return scratch + p->scratch_elements * p->real_size;
+}
 
 static unit_place place_of(const fsm_plan *p, ptrdiff_t unit) {
     unit_place at;
@@ -217,19 +247,23 @@ static unit_place place_of(const fsm_plan *p, ptrdiff_t unit) {
     if (p->lanes > 1) {
         const ptrdiff_t first = unit % p->groups * p->lanes;
         at.rows = (int)least(p->lanes, p->row[d].size - first);
-        for (int o = 0; o < FSM_OPERAND_COUNT; o++) at.at[o] += at.at[o] ? first * p->row[d].stride[o] : 0;
+        for (int o = 0; o < FSM_OPERAND_COUNT; o++)
+            at.at[o] += at.at[o] ? first * p->row[d].stride[o] : 0;
         unit /= p->groups;
         d--;
     }
     for (; d >= 0; unit /= p->row[d].size, d--)
-        for (int o = 0; o < FSM_OPERAND_COUNT; o++) at.at[o] += at.at[o] ? unit % p->row[d].size * p->row[d].stride[o] : 0;
+        for (int o = 0; o < FSM_OPERAND_COUNT; o++)
+            at.at[o] += at.at[o] ? unit % p->row[d].size * p->row[d].stride[o] : 0;
     return at;
 }
 
-/* What operand o adds to its address at element i of the axis, and how many elements follow at an even step. */
+/* What operand o adds to its address at element i of the axis, and how many elements follow at an
+ * even step. */
 static ptrdiff_t axis_offset(const fsm_plan *p, fsm_operand o, ptrdiff_t i) {
     ptrdiff_t offset = 0;
-    for (int d = p->axis_ndim - 1; d >= 0; i /= p->axis[d].size, d--) offset += i % p->axis[d].size * p->axis[d].stride[o];
+    for (int d = p->axis_ndim - 1; d >= 0; i /= p->axis[d].size, d--)
+        offset += i % p->axis[d].size * p->axis[d].stride[o];
     return offset;
 }
 static ptrdiff_t even_run(const fsm_plan *p, ptrdiff_t i) {
@@ -237,13 +271,19 @@ static ptrdiff_t even_run(const fsm_plan *p, ptrdiff_t i) {
     const ptrdiff_t size = p->axis[p->axis_ndim - 1].size;
     return size - i % size;
 }
-static ptrdiff_t axis_step(const fsm_plan *p, fsm_operand o) { return p->axis_ndim ? p->axis[p->axis_ndim - 1].stride[o] : 0; }
-static ptrdiff_t lane_step(const fsm_plan *p, fsm_operand o) { return p->row[p->row_ndim - 1].stride[o]; }
+static ptrdiff_t axis_step(const fsm_plan *p, fsm_operand o) {
+    return p->axis_ndim ? p->axis[p->axis_ndim - 1].stride[o] : 0;
+}
+static ptrdiff_t lane_step(const fsm_plan *p, fsm_operand o) {
+    return p->row[p->row_ndim - 1].stride[o];
+}
 
-/* The run of operand x at element i of the axis; `step` is the one along the run. What is fused goes with it if `fused`. */
-static fsm_run run_at(const fsm_plan *p, const unit_place *at, fsm_operand x, ptrdiff_t i, ptrdiff_t (*step)(const fsm_plan *, fsm_operand),
-                      int fused) {
-    fsm_run run = {.x = at->at[x] + axis_offset(p, x, i), .x_stride = step(p, x), .x_dtype = p->dtype[x]};
+/* The run of operand x at element i of the axis; `step` is the one along the run. What is fused
+ * goes with it if `fused`. */
+static fsm_run run_at(const fsm_plan *p, const unit_place *at, fsm_operand x, ptrdiff_t i,
+                      ptrdiff_t (*step)(const fsm_plan *, fsm_operand), int fused) {
+    fsm_run run = {
+        .x = at->at[x] + axis_offset(p, x, i), .x_stride = step(p, x), .x_dtype = p->dtype[x]};
     run.excluded = x == FSM_Y ? 0 : -INFINITY;
     if (at->at[FSM_WHERE] && (fused || x == FSM_Y)) {
         run.where = at->at[FSM_WHERE] + axis_offset(p, FSM_WHERE, i);
@@ -264,7 +304,8 @@ static fsm_run run_at(const fsm_plan *p, const unit_place *at, fsm_operand x, pt
 /* ---- pieces of a unit: elements [begin, end) of its rows ---- */
 
 /* Reads operand x into `to`, in the shape of a tile; the lanes that are no rows become 0. */
-static void load_piece(const fsm_plan *p, const unit_place *at, fsm_operand x, ptrdiff_t begin, ptrdiff_t end, char *to) {
+static void load_piece(const fsm_plan *p, const unit_place *at, fsm_operand x, ptrdiff_t begin,
+                       ptrdiff_t end, char *to) {
     const int fused = x == FSM_X && !is_backward(p->op);
     if (p->lanes == 1)
         for (ptrdiff_t i = begin, k; i < end; i += k) {
@@ -280,21 +321,29 @@ static void load_piece(const fsm_plan *p, const unit_place *at, fsm_operand x, p
         }
 }
 
-static void store_piece(const fsm_plan *p, const unit_place *at, ptrdiff_t begin, ptrdiff_t end, const char *from) {
+static void store_piece(const fsm_plan *p, const unit_place *at, ptrdiff_t begin, ptrdiff_t end,
+                        const char *from) {
     if (p->lanes == 1)
         for (ptrdiff_t i = begin, k; i < end; i += k) {
             k = least(even_run(p, i), end - i);
-            p->kernels->store(at->at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT), p->dtype[FSM_OUT],
-                              from + (i - begin) * p->real_size, k);
+            p->kernels->store(at->at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT),
+                              p->dtype[FSM_OUT], from + (i - begin) * p->real_size, k);
         }
     else
         for (ptrdiff_t i = begin; i < end; i++, from += p->lanes * p->real_size)
-            p->kernels->store(at->at[FSM_OUT] + axis_offset(p, FSM_OUT, i), lane_step(p, FSM_OUT), p->dtype[FSM_OUT], from, at->rows);
+            p->kernels->store(at->at[FSM_OUT] + axis_offset(p, FSM_OUT, i), lane_step(p, FSM_OUT),
+                              p->dtype[FSM_OUT], from, at->rows);
 }
 
-/* The tile of a piece: in place if direct, else in scratch, read there by this call unless it is there already (`loaded`). */
-static fsm_tile tile_of(const fsm_plan *p, const unit_place *at, ptrdiff_t begin, ptrdiff_t end, char *scratch, int loaded) {
-    fsm_tile t = {.n = end - begin, .x = scratch, .x_dtype = p->compute, .out = scratch, .out_dtype = p->compute};
+/* The tile of a piece: in place if direct, else in scratch, read there by this call unless it is
+ * there already (`loaded`). */
+static fsm_tile tile_of(const fsm_plan *p, const unit_place *at, ptrdiff_t begin, ptrdiff_t end,
+                        char *scratch, int loaded) {
+    fsm_tile t = {.n = end - begin,
+                  .x = scratch,
+                  .x_dtype = p->compute,
+                  .out = scratch,
+                  .out_dtype = p->compute};
     if (p->direct) {
         t.x = at->at[FSM_X] + begin * itemsize(p->dtype[FSM_X]);
         t.x_dtype = p->dtype[FSM_X];
@@ -312,8 +361,8 @@ static fsm_tile tile_of(const fsm_plan *p, const unit_place *at, ptrdiff_t begin
     return t;
 }
 
-static void do_pass(const fsm_plan *p, const unit_place *at, pass_id pass, fsm_state *st, ptrdiff_t begin, ptrdiff_t end, char *scratch,
-                    int loaded) {
+static void do_pass(const fsm_plan *p, const unit_place *at, pass_id pass, fsm_state *st,
+                    ptrdiff_t begin, ptrdiff_t end, char *scratch, int loaded) {
     fsm_tile t = tile_of(p, at, begin, end, scratch, loaded);
     if (pass == PASS_MAX) p->pass->max(st, &t);
     else if (pass == PASS_MAX2) p->pass->max2(st, &t);
@@ -322,7 +371,9 @@ static void do_pass(const fsm_plan *p, const unit_place *at, pass_id pass, fsm_s
         double scale[FSM_LANES]; /* room for either type */
         if (is_backward(p->op) && at->at[FSM_SCALE]) {
             memset(scale, 0, sizeof scale);
-            const fsm_run run = {.x = at->at[FSM_SCALE], .x_stride = p->lanes > 1 ? lane_step(p, FSM_SCALE) : 0, .x_dtype = p->compute};
+            const fsm_run run = {.x = at->at[FSM_SCALE],
+                                 .x_stride = p->lanes > 1 ? lane_step(p, FSM_SCALE) : 0,
+                                 .x_dtype = p->compute};
             p->kernels->load(scale, &run, at->rows);
             t.scale = scale;
         }
@@ -358,18 +409,22 @@ static void fill_special(const fsm_plan *p, unit_place at, const fsm_state *st, 
             const fsm_run run = run_at(p, &at, FSM_X, i, axis_step, 1);
             k = least(even_run(p, i), least(p->n - i, p->scratch_elements));
             p->kernels->load_special(scratch, &run, k, excluded);
-            p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT), p->dtype[FSM_OUT], scratch, k);
+            p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT),
+                              p->dtype[FSM_OUT], scratch, k);
         }
-        for (int o = 0; o < FSM_OPERAND_COUNT && l + 1 < at.rows; o++) at.at[o] += at.at[o] ? lane_step(p, o) : 0;
+        for (int o = 0; o < FSM_OPERAND_COUNT && l + 1 < at.rows; o++)
+            at.at[o] += at.at[o] ? lane_step(p, o) : 0;
     }
 }
 
 static void end_unit(const fsm_plan *p, const unit_place *at, const fsm_state *st, char *scratch) {
     if (!p->pass->map) {
         const fsm_dtype dtype = p->dtype[FSM_OUT];
-        p->kernels->store(at->at[FSM_OUT], p->lanes > 1 ? lane_step(p, FSM_OUT) : 0, dtype, &st->value[0], at->rows);
+        p->kernels->store(at->at[FSM_OUT], p->lanes > 1 ? lane_step(p, FSM_OUT) : 0, dtype,
+                          &st->value[0], at->rows);
         if (at->at[FSM_SIGN])
-            p->kernels->store(at->at[FSM_SIGN], p->lanes > 1 ? lane_step(p, FSM_SIGN) : 0, dtype, &st->value[1], at->rows);
+            p->kernels->store(at->at[FSM_SIGN], p->lanes > 1 ? lane_step(p, FSM_SIGN) : 0, dtype,
+                              &st->value[1], at->rows);
     } else if (!is_backward(p->op) && st->special) fill_special(p, *at, st, scratch);
 }
 
@@ -406,7 +461,8 @@ static void whole_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
         st.want_sign = p->data[FSM_SIGN] != NULL;
         for (pass_id pass = PASS_MAX; pass != PASS_END; pass = after_pass(p, pass, &st))
             for (ptrdiff_t c = 0; c < p->chunks; c++)
-                do_pass(p, &at, pass, &st, c * p->chunk, least((c + 1) * p->chunk, p->n), scratch, p->resident && pass != PASS_MAX);
+                do_pass(p, &at, pass, &st, c * p->chunk, least((c + 1) * p->chunk, p->n), scratch,
+                        p->resident && pass != PASS_MAX);
         end_unit(p, &at, &st, scratch);
     }
 }
@@ -414,7 +470,8 @@ static void whole_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
 static void wide_chunks(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const fsm_plan *p = context;
     for (ptrdiff_t c = begin + p->next_chunk; c < end + p->next_chunk; c++)
-        do_pass(p, &p->place, p->pass_at, &p->states[1 + thread], c * p->chunk, least((c + 1) * p->chunk, p->n), scratch_of(p, thread), 0);
+        do_pass(p, &p->place, p->pass_at, &p->states[1 + thread], c * p->chunk,
+                least((c + 1) * p->chunk, p->n), scratch_of(p, thread), 0);
 }
 
 /* A slice of one pass of one wide unit. */
@@ -426,7 +483,8 @@ static void run_wide(fsm_plan *p) {
         p->kernels->begin(st, p->lanes, p->n);
         st->want_sign = p->data[FSM_SIGN] != NULL;
     }
-    const ptrdiff_t per_slice = p->slice / (p->chunk * p->lanes) + 1, count = least(per_slice, p->chunks - p->next_chunk);
+    const ptrdiff_t per_slice = p->slice / (p->chunk * p->lanes) + 1,
+                    count = least(per_slice, p->chunks - p->next_chunk);
     for (int t = 0; t < p->threads; t++) {
         fsm_state *own = &p->states[1 + t];
         *own = *st; /* its constants, but nothing of what is merged by adding */
@@ -434,7 +492,8 @@ static void run_wide(fsm_plan *p) {
         memset(&own->nonfinite, 0, sizeof own->nonfinite);
     }
     fsm_parallel_for(p->threads, count, 1, wide_chunks, p);
-    for (int t = 0; t < p->threads && p->pass_at != PASS_MAP; t++) p->kernels->merge(st, &p->states[1 + t]);
+    for (int t = 0; t < p->threads && p->pass_at != PASS_MAP; t++)
+        p->kernels->merge(st, &p->states[1 + t]);
     p->next_chunk += count;
     if (p->next_chunk == p->chunks) {
         p->next_chunk = 0;
@@ -451,17 +510,27 @@ static void run_wide(fsm_plan *p) {
 fsm_status fsm_plan_run(fsm_plan *p) {
     if (p->wide) run_wide(p);
     else {
-        const ptrdiff_t unit_elements = p->n * p->lanes, count = least(p->slice / unit_elements + 1, p->units - p->unit);
-        const ptrdiff_t grain = count / (p->threads * 8) + 1; /* several pieces a thread, so that they end together */
+        const ptrdiff_t unit_elements = p->n * p->lanes,
+                        count = least(p->slice / unit_elements + 1, p->units - p->unit);
+        const ptrdiff_t grain =
+            count / (p->threads * 8) + 1; /* several pieces a thread, so that they end together */
         fsm_parallel_for(p->threads, count, grain, p->direct ? direct_rows : whole_units, p);
         p->unit += count;
     }
     return p->unit < p->units ? FSM_AGAIN : FSM_DONE;
 }
 
-void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void *x, void *out, ptrdiff_t rows, ptrdiff_t n) {
+void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void *x, void *out,
+                       ptrdiff_t rows, ptrdiff_t n) {
     const ptrdiff_t stride = n * itemsize(dtype);
-    const fsm_rows w = {.x = x, .out = out, .x_stride = stride, .out_stride = stride, .rows = rows, .n = n, .x_dtype = dtype, .out_dtype = dtype};
+    const fsm_rows w = {.x = x,
+                        .out = out,
+                        .x_stride = stride,
+                        .out_stride = stride,
+                        .rows = rows,
+                        .n = n,
+                        .x_dtype = dtype,
+                        .out_dtype = dtype};
     const unsigned mode = fsm_fp_enter();
     (dtype == FSM_F64 ? isa->f64 : isa->f32)->rows(log ? FSM_LOG_SOFTMAX : FSM_SOFTMAX, &w);
     fsm_fp_leave(mode);

@@ -1,8 +1,9 @@
-/* The passes of the softmax family (kernels.h), written once, for FSM_TYPE and the vectors of one ISA.
+/* The passes of the softmax family (kernels.h), written once, for FSM_TYPE and the vectors of one
+ * ISA.
  *
- * Two shapes of each pass: row_*, vectors along one row, and lane_*, vectors across rows. What an element becomes is the same inline
- * function in both, and the sums are exact, so both give the same bits.
- */
+ * Two shapes of each pass: row_*, vectors along one row, and lane_*, vectors across rows. What an
+ * element becomes is the same inline function in both, and the sums are exact, so both give the
+ * same bits. */
 
 #define max_pass FSM_NAME(max_pass)
 #define lane_max FSM_NAME(lane_max)
@@ -39,8 +40,9 @@
 
 /* ---- max ---- */
 
-/* The largest element, NaN if one is NaN. A running sum carries NaN past v_max; where the multipliers are idle, as here, it costs no time. It
- * is a suspicion only (inf - inf is NaN too), so the row is then looked at again. Never -0, so that rows that differ in the sign of a zero
+/* The largest element, NaN if one is NaN. A running sum carries NaN past v_max; where the
+ * multipliers are idle, as here, it costs no time. It is a suspicion only (inf - inf is NaN too),
+ * so the row is then looked at again. Never -0, so that rows that differ in the sign of a zero
  * maximum agree. */
 typedef struct {
     vec m[4], s[4];
@@ -73,13 +75,14 @@ FSM_INLINE real row_max_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
     ptrdiff_t i = 0;
     for (; i + 4 * VL <= n; i += 4 * VL)
         for (int j = 0; j < 4; j++) max_add(&m, j, load_as(dtype, x, i + j * VL, VL, v_set1(0)));
-    for (; i < n; i += VL) max_add(&m, 0, load_as(dtype, x, i, n - i < VL ? n - i : VL, v_set1(-INFINITY)));
+    for (; i < n; i += VL)
+        max_add(&m, 0, load_as(dtype, x, i, n - i < VL ? n - i : VL, v_set1(-INFINITY)));
     return max_end(&m, dtype, x, n);
 }
 
 static real row_max(fsm_dtype dtype, const void *x, ptrdiff_t n) {
 #define CALL(DTYPE) return row_max_as(DTYPE, x, n)
-    SWITCH_DTYPE(dtype, CALL)
+    SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
 
@@ -104,14 +107,15 @@ static void lane_max(real *max, int lanes, const real *x, ptrdiff_t n) {
 /* ---- sum of exp ---- */
 
 /* e may be NULL; e == x is fine. The sum goes into that lane. */
-FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum, int lane, int shift,
-                           int fine) {
+FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+                           fsm_exact_sum *sum, int lane, int shift, int fine) {
     const exp_vref r = exp_broadcast(ref);
     for (ptrdiff_t i = 0; i < n;) {
         const ptrdiff_t left = n - i, end = i + (left < FOLD_EVERY * VL ? left : FOLD_EVERY * VL);
         vsum s = vsum_zero();
         ptrdiff_t adds = 0;
-        if (end - i >= VL) { /* one vector is begun, one ended and one added at a time, each in the shadow of the others' latencies */
+        /* One vector is begun, one ended and one added at a time, in the shadow of each other. */
+        if (end - i >= VL) {
             exp_mid mid = exp_begin(load_as(dtype, x, i, VL, v_set1(0)), r, shift);
             vec done = v_set1(0);
             FSM_UNROLL(4)
@@ -130,27 +134,31 @@ FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         }
         for (; i < end; i += VL, adds++) {
             ptrdiff_t k = end - i < VL ? end - i : VL;
-            vec a = exp_vec(load_as(dtype, x, i, k, v_set1(-INFINITY)), r, shift); /* lanes past the end add 0 */
+            /* lanes past the end add 0 */
+            vec a = exp_vec(load_as(dtype, x, i, k, v_set1(-INFINITY)), r, shift);
             if (e) store_as(REAL_DTYPE, e, i, k, a);
             vsum_add(&s, a, 2, fine);
         }
         i = end;
-        for (int j = 0; j < (fine ? 3 : 2); j++) sum_fold(sum, lane, j, v_sum_int(vsum_int(&s, j, adds, 2)));
+        for (int j = 0; j < (fine ? 3 : 2); j++)
+            sum_fold(sum, lane, j, v_sum_int(vsum_int(&s, j, adds, 2)));
     }
 }
 
-static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, fsm_exact_sum *sum, int lane, int fine) {
-#define CALL(DTYPE)                                                                                                                \
-    if (FSM_BITS == 32 && fine) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 1, 1);                                                  \
-    else if (ref.c != 0) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 1, 0);                                                         \
-    else if (e) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 0, 0);                                                                  \
+static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+                    fsm_exact_sum *sum, int lane, int fine) {
+#define CALL(DTYPE)                                                               \
+    if (FSM_BITS == 32 && fine) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 1, 1); \
+    else if (ref.c != 0) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 1, 0);        \
+    else if (e) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 0, 0);                 \
     else row_sum_as(DTYPE, NULL, x, n, ref, sum, lane, 0, 0)
-    SWITCH_DTYPE(dtype, CALL)
+    SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
 
 /* The integer lanes of a vsum into the sums of VL rows. */
-FSM_INLINE void lane_fold(fsm_exact_sum *sum, int g, const vsum *s, ptrdiff_t adds, real base, int fine) {
+FSM_INLINE void lane_fold(fsm_exact_sum *sum, int g, const vsum *s, ptrdiff_t adds, real base,
+                          int fine) {
     for (int j = 0; j < (fine ? 3 : 2); j++) {
         bits_t count[VL];
         v_store_int(count, vsum_int(s, j, adds, base));
@@ -160,12 +168,14 @@ FSM_INLINE void lane_fold(fsm_exact_sum *sum, int g, const vsum *s, ptrdiff_t ad
 
 /* The constants of exp, of one lane or of VL of them. */
 FSM_INLINE exp_ref row_ref(const fsm_state *st, int l) {
-    return (exp_ref){LANE(st->exp[0])[l], LANE(st->exp[1])[l], LANE(st->exp[2])[l], LANE(st->exp[3])[l], LANE(st->exp[4])[l]};
+    return (exp_ref){LANE(st->exp[0])[l], LANE(st->exp[1])[l], LANE(st->exp[2])[l],
+                     LANE(st->exp[3])[l], LANE(st->exp[4])[l]};
 }
 
 FSM_INLINE exp_vref lanes_of(const fsm_state *st, int g) {
-    return (exp_vref){v_load(LANE(st->exp[0]) + g), v_load(LANE(st->exp[1]) + g), v_load(LANE(st->exp[2]) + g),
-                      v_load(LANE(st->exp[3]) + g), v_load(LANE(st->exp[4]) + g)};
+    return (exp_vref){v_load(LANE(st->exp[0]) + g), v_load(LANE(st->exp[1]) + g),
+                      v_load(LANE(st->exp[2]) + g), v_load(LANE(st->exp[3]) + g),
+                      v_load(LANE(st->exp[4]) + g)};
 }
 
 FSM_INLINE void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine) {
@@ -187,7 +197,8 @@ FSM_INLINE void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int
 
 /* ---- map ---- */
 
-/* softmax: y = e (a + b), a + b = 1/sum: one rounding more than ideal. log_softmax: y = (x - a) - b, a = max, b = log(sum exp(x - max)). */
+/* softmax: y = e (a + b), a + b = 1/sum: one rounding more than ideal. log_softmax: y = (x - a) -
+ * b, a = max, b = log(sum exp(x - max)). */
 typedef struct {
     real a, b;
 } map_ref;
@@ -213,8 +224,8 @@ FSM_INLINE map_ref normaliser(const fsm_exact_sum *sum, int lane) {
 }
 
 /* x -> out; with exp != 0, x is a logit yet and e = exp(x) comes first. */
-FSM_INLINE void row_map_as(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n, int log, int exp, exp_ref ref,
-                           map_ref map) {
+FSM_INLINE void row_map_as(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x,
+                           ptrdiff_t n, int log, int exp, exp_ref ref, map_ref map) {
     const exp_vref r = exp_broadcast(ref);
     const map_vref mr = {v_set1(map.a), v_set1(map.b)};
     ptrdiff_t i = 0;
@@ -230,24 +241,26 @@ FSM_INLINE void row_map_as(fsm_dtype out_dtype, void *out, fsm_dtype dtype, cons
     }
 }
 
-FSM_INLINE void row_map_to(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n, int log, int exp, exp_ref ref,
-                           map_ref map) {
-#define CALL(DTYPE)                                                                                                                \
-    if (log) row_map_as(out_dtype, out, DTYPE, x, n, 1, 0, ref, map);                                                              \
+FSM_INLINE void row_map_to(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x,
+                           ptrdiff_t n, int log, int exp, exp_ref ref, map_ref map) {
+#define CALL(DTYPE)                                                   \
+    if (log) row_map_as(out_dtype, out, DTYPE, x, n, 1, 0, ref, map); \
     else row_map_as(out_dtype, out, DTYPE, x, n, 0, 1, ref, map)
-    if (!log && !exp) row_map_as(out_dtype, out, REAL_DTYPE, x, n, 0, 0, ref, map); /* x is e, of the compute type */
-    else SWITCH_DTYPE(dtype, CALL)
+    /* without log and exp x is e, of the compute type */
+    if (!log && !exp) row_map_as(out_dtype, out, REAL_DTYPE, x, n, 0, 0, ref, map);
+    else SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
 
-static void row_map(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n, int log, int exp, exp_ref ref,
-                    map_ref map) {
+static void row_map(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n,
+                    int log, int exp, exp_ref ref, map_ref map) {
 #define CALL(DTYPE) row_map_to(DTYPE, out, dtype, x, n, log, exp, ref, map)
-    SWITCH_DTYPE(out_dtype, CALL)
+    SWITCH_DTYPE(out_dtype, CALL);
 #undef CALL
 }
 
-FSM_INLINE void lane_map(const fsm_state *st, real *out, const real *x, ptrdiff_t n, int log, int exp) {
+FSM_INLINE void lane_map(const fsm_state *st, real *out, const real *x, ptrdiff_t n, int log,
+                         int exp) {
     const int lanes = st->lanes;
     for (int g = 0; g < lanes; g += VL) {
         const exp_vref r = lanes_of(st, g);
@@ -277,7 +290,8 @@ static void merge_state(fsm_state *into, const fsm_state *from) {
     for (int l = 0; l < into->lanes; l++) {
         real a = LANE(into->max)[l], b = LANE(from->max)[l];
         LANE(into->max)[l] = a != a || b != b ? NAN : a > b ? a : b;
-        if (LANE(from->exponent)[l] > LANE(into->exponent)[l]) LANE(into->exponent)[l] = LANE(from->exponent)[l];
+        if (LANE(from->exponent)[l] > LANE(into->exponent)[l])
+            LANE(into->exponent)[l] = LANE(from->exponent)[l];
         LANE(into->nonfinite)[l] += LANE(from->nonfinite)[l];
         for (int j = 0; j < 5; j++) into->sum.parts[j][l] += from->sum.parts[j][l];
     }
@@ -298,7 +312,8 @@ FSM_INLINE void set_ref(fsm_state *st, int lane, exp_ref r) {
     LANE(st->exp[4])[lane] = r.rest;
 }
 
-/* Lanes without a finite maximum get constants that do no harm; what map writes there is replaced afterwards. */
+/* Lanes without a finite maximum get constants that do no harm; what map writes there is replaced
+ * afterwards. */
 static void reference_pass(fsm_state *st) {
     st->special = 0;
     for (int l = 0; l < st->lanes; l++) {
@@ -311,8 +326,7 @@ static void reference_pass(fsm_state *st) {
 
 static void sum_pass(fsm_state *st, const fsm_tile *t) {
     const int fine = st->n > EXACT_COARSE;
-    if (st->lanes == 1)
-        row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine);
+    if (st->lanes == 1) row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine);
     else if (FSM_BITS == 32 && fine) lane_sum(st, t->e, t->x, t->n, 1);
     else lane_sum(st, t->e, t->x, t->n, 0);
 }
@@ -337,7 +351,8 @@ static void finish_log_softmax(fsm_state *st) {
 static void finish_logsumexp(fsm_state *st) {
     for (int l = 0; l < st->lanes; l++) {
         const real m = LANE(st->max)[l];
-        LANE(st->value[0])[l] = m - m == 0 ? (real)((double)m + log1p_ratio(sum_less_one(&st->sum, l))) : m;
+        const double lse = (double)m + log1p_ratio(sum_less_one(&st->sum, l));
+        LANE(st->value[0])[l] = m - m == 0 ? (real)lse : m;
     }
 }
 

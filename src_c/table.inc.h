@@ -7,19 +7,30 @@
 #include "weighted.inc.h"
 #include "rows.inc.h"
 
-#define FSM_KERNELS                                                                                                                \
-    {                                                                                                                              \
-        .passes =                                                                                                                  \
-            {                                                                                                                      \
-                [FSM_SOFTMAX] = {max_pass, NULL, reference_pass, sum_pass, finish_softmax, map_softmax},                           \
-                [FSM_LOG_SOFTMAX] = {max_pass, NULL, reference_pass, sum_pass, finish_log_softmax, map_log_softmax},               \
-                [FSM_LOGSUMEXP] = {max_pass, NULL, reference_pass, sum_pass, finish_logsumexp, NULL},                              \
-                [FSM_LOGSUMEXP_WEIGHTED] = {weighted_max, weighted_max2, weighted_reference, weighted_sum, weighted_finish, NULL}, \
-                [FSM_SOFTMAX_BACKWARD] = {softmax_backward_max, NULL, backward_reference, softmax_backward_sum, backward_finish,   \
-                                          softmax_backward_map},                                                                   \
-                [FSM_LOG_SOFTMAX_BACKWARD] = {log_backward_max, NULL, backward_reference, log_backward_sum, backward_finish,       \
-                                              log_backward_map},                                                                   \
-            },                                                                                                                     \
-        .rows = rows_all, .begin = begin_state, .merge = merge_state, .load = load_run, .load_special = special_run,               \
-        .store = store_run, .exp = exp_array,                                                                                      \
+#define FSM_KERNELS                                                                                \
+    {                                                                                              \
+        .passes =                                                                                  \
+            {                                                                                      \
+                [FSM_SOFTMAX] = {max_pass, NULL, reference_pass, sum_pass, finish_softmax,         \
+                                 map_softmax},                                                     \
+                [FSM_LOG_SOFTMAX] = {max_pass, NULL, reference_pass, sum_pass, finish_log_softmax, \
+                                     map_log_softmax},                                             \
+                [FSM_LOGSUMEXP] = {max_pass, NULL, reference_pass, sum_pass, finish_logsumexp,     \
+                                   NULL},                                                          \
+                [FSM_LOGSUMEXP_WEIGHTED] = {weighted_max, weighted_max2, weighted_reference,       \
+                                            weighted_sum, weighted_finish, NULL},                  \
+                [FSM_SOFTMAX_BACKWARD] = {softmax_backward_max, NULL, backward_reference,          \
+                                          softmax_backward_sum, backward_finish,                   \
+                                          softmax_backward_map},                                   \
+                [FSM_LOG_SOFTMAX_BACKWARD] = {log_backward_max, NULL, backward_reference,          \
+                                              log_backward_sum, backward_finish,                   \
+                                              log_backward_map},                                   \
+            },                                                                                     \
+        .rows = rows_all,                                                                          \
+        .begin = begin_state,                                                                      \
+        .merge = merge_state,                                                                      \
+        .load = load_run,                                                                          \
+        .load_special = special_run,                                                               \
+        .store = store_run,                                                                        \
+        .exp = exp_array,                                                                          \
     }

@@ -1,14 +1,19 @@
-/* The names under which the templates (*.inc.h) use vectors and constants. FSM_TYPE, f32 or f64, is set around each inclusion of a template,
- * and v_add there means f32_add or f64_add of the vec_*.h that the isa_*.c has chosen. Each vec_*.h defines all of these, for both types:
+/* The names under which the templates (*.inc.h) use vectors and constants. FSM_TYPE, f32 or f64, is
+ * set around each inclusion of a template, and v_add there means f32_add or f64_add of the vec_*.h
+ * that the isa_*.c has chosen. Each vec_*.h defines all of these, for both types:
  *
- *     vec, ivec          a vector of FSM_TYPE, and of integers of the same width;  VL is the number of lanes
- *     v_load/v_store     contiguous, any alignment;  _n: the first n < VL lanes, the others read as `fill` and no byte of them is touched
- *     v_fma(a, b, c)     a * b + c, v_fms  a * b - c, v_fnma  c - a * b, each rounded once
- *     v_add_m(a, b)      a + b, done by the multipliers where these and the adders are apart (AMD Zen): balances a loop full of additions
+ *     vec, ivec          a vector of FSM_TYPE, and of integers of the same width; VL lanes
+ *     v_load, v_store    contiguous, any alignment; _n: the first n < VL lanes only, the others are
+ *                        read as `fill` and no byte of them is touched
+ *     v_fma(a, b, c)     a * b + c; v_fms: a * b - c; v_fnma: c - a * b; each rounded once
+ *     v_add_m(a, b)      a + b, done by the multipliers where these and the adders are apart (AMD
+ *                        Zen): balances a loop full of additions
  *     v_rint(a)          the nearest integer, ties to even; |a| < 2^22 (float64: 2^51)
  *     v_max(a, b)        a > b ? a : b, so b where either is NaN
- *     v_exp2(n)          2^n, rounded to even where it is less than the smallest subnormal; n an integer in [-190, 62] (float64: [-1600, 254])
- *     v_unless(a, k, b)  a != k ? b : 0;  v_canon(a): a, its NaNs made the canonical one
+ *     v_exp2(n)          2^n, rounded to even below the smallest subnormal; n an integer in
+ *                        [-190, 62] (float64: [-1600, 254])
+ *     v_unless(a, k, b)  a != k ? b : 0
+ *     v_canon(a)         a, its NaNs made the canonical one
  *     v_sum_int          the sum of the lanes of an ivec, as signed integers, in 64 bits
  *     v_transpose        VL vectors as a square matrix
  */
@@ -76,7 +81,8 @@ typedef int32_t f32_bits_t;
 typedef double f64_real;
 typedef int64_t f64_bits_t;
 
-/* Scalar conversions, the same on every ISA. Half to float is exact; float to half rounds to nearest even. */
+/* Scalar conversions, the same on every ISA. Half to float is exact; float to half rounds to
+ * nearest even. */
 
 FSM_INLINE float bf16_to_f32(uint16_t h) {
     uint32_t u = (uint32_t)h << 16;
@@ -85,21 +91,25 @@ FSM_INLINE float bf16_to_f32(uint16_t h) {
     return f;
 }
 
-/* The NaNs that come here are canonical (0x7fc00000): the rounding increment cannot carry out of them. */
+/* The NaNs that come here are canonical (0x7fc00000): the rounding increment cannot carry out of
+ * them. */
 FSM_INLINE uint16_t f32_to_bf16(float f) {
     uint32_t u;
     memcpy(&u, &f, sizeof u);
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-/* Rounds to odd, so that a second rounding to a half gives what one rounding would have given (Boldo & Melquiond 2008). */
+/* Rounds to odd, so that a second rounding to a half gives what one rounding would have given
+ * (Boldo & Melquiond 2008). */
 FSM_INLINE float f64_to_f32_odd(double d) {
     float f = (float)d;
     uint32_t u;
     if ((double)f == d || d != d) return f;
     memcpy(&u, &f, sizeof u);
     if ((u & 1) == 0) {
-        u += fabs((double)f) > fabs(d) ? -1 : +1; /* the odd neighbour, on d's side; |f| = inf steps back to the largest */
+        u += fabs((double)f) > fabs(d)
+                 ? -1
+                 : +1; /* the odd neighbour, on d's side; |f| = inf steps back to the largest */
         memcpy(&f, &u, sizeof f);
     }
     return f;

@@ -16,7 +16,9 @@ typedef __m256i f64_ivec;
 FSM_INLINE __m256i f32_first(ptrdiff_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-FSM_INLINE __m256i f64_first(ptrdiff_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+FSM_INLINE __m256i f64_first(ptrdiff_t n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
 
 FSM_INLINE f32_vec f32_set1(float a) { return _mm256_set1_ps(a); }
 FSM_INLINE f32_vec f32_load(const void *p) { return _mm256_loadu_ps(p); }
@@ -25,10 +27,16 @@ FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
     __m256i m = f32_first(n);
     return _mm256_blendv_ps(fill, _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));
 }
-FSM_INLINE void f32_store_n(void *p, f32_vec a, ptrdiff_t n) { _mm256_maskstore_ps(p, f32_first(n), a); }
+FSM_INLINE void f32_store_n(void *p, f32_vec a, ptrdiff_t n) {
+    _mm256_maskstore_ps(p, f32_first(n), a);
+}
 FSM_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return _mm256_add_ps(a, b); }
-FSM_INLINE f32_vec f32_add_m(f32_vec a, f32_vec b) { return _mm256_fmadd_ps(a, _mm256_set1_ps(1), b); }
-FSM_INLINE f32_vec f32_rint(f32_vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FSM_INLINE f32_vec f32_add_m(f32_vec a, f32_vec b) {
+    return _mm256_fmadd_ps(a, _mm256_set1_ps(1), b);
+}
+FSM_INLINE f32_vec f32_rint(f32_vec a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 FSM_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm256_sub_ps(a, b); }
 FSM_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm256_mul_ps(a, b); }
 FSM_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -40,8 +48,12 @@ FSM_INLINE f32_vec f32_exp2(f32_vec n) { /* see vec_scalar.h */
     __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127 + 64)));
     return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 23)), _mm256_set1_ps(0x1p-64f));
 }
-FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) { return _mm256_and_ps(_mm256_cmp_ps(a, k, _CMP_NEQ_UQ), b); }
-FSM_INLINE f32_vec f32_canon(f32_vec a) { return _mm256_blendv_ps(a, _mm256_set1_ps(NAN), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
+    return _mm256_and_ps(_mm256_cmp_ps(a, k, _CMP_NEQ_UQ), b);
+}
+FSM_INLINE f32_vec f32_canon(f32_vec a) {
+    return _mm256_blendv_ps(a, _mm256_set1_ps(NAN), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
 FSM_INLINE float f32_hmax(f32_vec a) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -73,10 +85,16 @@ FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) {
     __m256i m = f64_first(n);
     return _mm256_blendv_pd(fill, _mm256_maskload_pd(p, m), _mm256_castsi256_pd(m));
 }
-FSM_INLINE void f64_store_n(void *p, f64_vec a, ptrdiff_t n) { _mm256_maskstore_pd(p, f64_first(n), a); }
+FSM_INLINE void f64_store_n(void *p, f64_vec a, ptrdiff_t n) {
+    _mm256_maskstore_pd(p, f64_first(n), a);
+}
 FSM_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return _mm256_add_pd(a, b); }
-FSM_INLINE f64_vec f64_add_m(f64_vec a, f64_vec b) { return _mm256_fmadd_pd(a, _mm256_set1_pd(1), b); }
-FSM_INLINE f64_vec f64_rint(f64_vec a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FSM_INLINE f64_vec f64_add_m(f64_vec a, f64_vec b) {
+    return _mm256_fmadd_pd(a, _mm256_set1_pd(1), b);
+}
+FSM_INLINE f64_vec f64_rint(f64_vec a) {
+    return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 FSM_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm256_sub_pd(a, b); }
 FSM_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm256_mul_pd(a, b); }
 FSM_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fmadd_pd(a, b, c); }
@@ -88,8 +106,12 @@ FSM_INLINE f64_vec f64_exp2(f64_vec n) {
     __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023 + 768)));
     return _mm256_mul_pd(_mm256_castsi256_pd(_mm256_slli_epi64(w, 52)), _mm256_set1_pd(0x1p-768));
 }
-FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) { return _mm256_and_pd(_mm256_cmp_pd(a, k, _CMP_NEQ_UQ), b); }
-FSM_INLINE f64_vec f64_canon(f64_vec a) { return _mm256_blendv_pd(a, _mm256_set1_pd(NAN), _mm256_cmp_pd(a, a, _CMP_UNORD_Q)); }
+FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
+    return _mm256_and_pd(_mm256_cmp_pd(a, k, _CMP_NEQ_UQ), b);
+}
+FSM_INLINE f64_vec f64_canon(f64_vec a) {
+    return _mm256_blendv_pd(a, _mm256_set1_pd(NAN), _mm256_cmp_pd(a, a, _CMP_UNORD_Q));
+}
 FSM_INLINE double f64_hmax(f64_vec a) {
     __m128d m = _mm_max_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
     return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
@@ -104,7 +126,8 @@ FSM_INLINE f64_ivec f64_add_int(f64_ivec a, f64_ivec b) { return _mm256_add_epi6
 FSM_INLINE f64_ivec f64_sub_int(f64_ivec a, f64_ivec b) { return _mm256_sub_epi64(a, b); }
 FSM_INLINE void f64_store_int(void *p, f64_ivec a) { _mm256_storeu_si256(p, a); }
 
-/* Halves, as float32 vectors. There is no masked move of 16-bit elements: the first n go through a buffer. */
+/* Halves, as float32 vectors. There is no masked move of 16-bit elements: the first n go through a
+ * buffer. */
 FSM_INLINE __m128i half_first(const void *p, ptrdiff_t n) {
     uint16_t h[8] = {0};
     for (ptrdiff_t i = 0; i < n; i++) memcpy(h + i, (const char *)p + 2 * i, 2);
@@ -122,26 +145,37 @@ FSM_INLINE f32_vec f16_load(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si
 FSM_INLINE f32_vec f16_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
     return f32_blend_first(_mm256_cvtph_ps(half_first(p, n)), n, fill);
 }
-FSM_INLINE void f16_store(void *p, f32_vec a) { _mm_storeu_si128(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+FSM_INLINE void f16_store(void *p, f32_vec a) {
+    _mm_storeu_si128(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 FSM_INLINE void f16_store_n(void *p, f32_vec a, ptrdiff_t n) {
     half_store_first(p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), n);
 }
-FSM_INLINE f32_vec bf16_widen(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+FSM_INLINE f32_vec bf16_widen(__m128i h) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
 FSM_INLINE __m128i bf16_narrow(f32_vec a) { /* see f32_to_bf16 */
-    __m256i u = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    u = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    __m256i u = _mm256_castps_si256(a),
+            odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    u = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd),
+                          16);
     return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
 }
 FSM_INLINE f32_vec bf16_load(const void *p) { return bf16_widen(_mm_loadu_si128(p)); }
-FSM_INLINE f32_vec bf16_load_n(const void *p, ptrdiff_t n, f32_vec fill) { return f32_blend_first(bf16_widen(half_first(p, n)), n, fill); }
+FSM_INLINE f32_vec bf16_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
+    return f32_blend_first(bf16_widen(half_first(p, n)), n, fill);
+}
 FSM_INLINE void bf16_store(void *p, f32_vec a) { _mm_storeu_si128(p, bf16_narrow(a)); }
-FSM_INLINE void bf16_store_n(void *p, f32_vec a, ptrdiff_t n) { half_store_first(p, bf16_narrow(a), n); }
+FSM_INLINE void bf16_store_n(void *p, f32_vec a, ptrdiff_t n) {
+    half_store_first(p, bf16_narrow(a), n);
+}
 
 FSM_INLINE void f32_transpose(f32_vec r[8]) {
     __m256 t[8];
     for (int i = 0; i < 8; i += 4) { /* 4x4 blocks inside each 128-bit lane */
         __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
-        __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+        __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]),
+               d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
         t[i + 0] = _mm256_shuffle_ps(a, c, 0x44);
         t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
         t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);

@@ -18,11 +18,19 @@ FSM_INLINE __mmask8 f64_first(ptrdiff_t n) { return (__mmask8)((1u << n) - 1); }
 FSM_INLINE f32_vec f32_set1(float a) { return _mm512_set1_ps(a); }
 FSM_INLINE f32_vec f32_load(const void *p) { return _mm512_loadu_ps(p); }
 FSM_INLINE void f32_store(void *p, f32_vec a) { _mm512_storeu_ps(p, a); }
-FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) { return _mm512_mask_loadu_ps(fill, f32_first(n), p); }
-FSM_INLINE void f32_store_n(void *p, f32_vec a, ptrdiff_t n) { _mm512_mask_storeu_ps(p, f32_first(n), a); }
+FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
+    return _mm512_mask_loadu_ps(fill, f32_first(n), p);
+}
+FSM_INLINE void f32_store_n(void *p, f32_vec a, ptrdiff_t n) {
+    _mm512_mask_storeu_ps(p, f32_first(n), a);
+}
 FSM_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return _mm512_add_ps(a, b); }
-FSM_INLINE f32_vec f32_add_m(f32_vec a, f32_vec b) { return _mm512_fmadd_ps(a, _mm512_set1_ps(1), b); }
-FSM_INLINE f32_vec f32_rint(f32_vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FSM_INLINE f32_vec f32_add_m(f32_vec a, f32_vec b) {
+    return _mm512_fmadd_ps(a, _mm512_set1_ps(1), b);
+}
+FSM_INLINE f32_vec f32_rint(f32_vec a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 FSM_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm512_sub_ps(a, b); }
 FSM_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm512_mul_ps(a, b); }
 FSM_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -34,7 +42,9 @@ FSM_INLINE f32_vec f32_exp2(f32_vec n) { return _mm512_scalef_ps(_mm512_set1_ps(
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, k, _CMP_NEQ_UQ), b);
 }
-FSM_INLINE f32_vec f32_canon(f32_vec a) { return _mm512_mask_mov_ps(_mm512_set1_ps(NAN), _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
+FSM_INLINE f32_vec f32_canon(f32_vec a) {
+    return _mm512_mask_mov_ps(_mm512_set1_ps(NAN), _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a);
+}
 FSM_INLINE float f32_hmax(f32_vec a) { return _mm512_reduce_max_ps(a); }
 FSM_INLINE float f32_hsum(f32_vec a) { return _mm512_reduce_add_ps(a); }
 FSM_INLINE f32_ivec f32_bits(f32_vec a) { return _mm512_castps_si512(a); }
@@ -43,18 +53,27 @@ FSM_INLINE f32_ivec f32_add_int(f32_ivec a, f32_ivec b) { return _mm512_add_epi3
 FSM_INLINE f32_ivec f32_sub_int(f32_ivec a, f32_ivec b) { return _mm512_sub_epi32(a, b); }
 FSM_INLINE void f32_store_int(void *p, f32_ivec a) { _mm512_storeu_si512(p, a); }
 FSM_INLINE int64_t f32_sum_int(f32_ivec a) {
-    return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(a)),
-                                                    _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1))));
+    return _mm512_reduce_add_epi64(
+        _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(a)),
+                         _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1))));
 }
 
 FSM_INLINE f64_vec f64_set1(double a) { return _mm512_set1_pd(a); }
 FSM_INLINE f64_vec f64_load(const void *p) { return _mm512_loadu_pd(p); }
 FSM_INLINE void f64_store(void *p, f64_vec a) { _mm512_storeu_pd(p, a); }
-FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) { return _mm512_mask_loadu_pd(fill, f64_first(n), p); }
-FSM_INLINE void f64_store_n(void *p, f64_vec a, ptrdiff_t n) { _mm512_mask_storeu_pd(p, f64_first(n), a); }
+FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) {
+    return _mm512_mask_loadu_pd(fill, f64_first(n), p);
+}
+FSM_INLINE void f64_store_n(void *p, f64_vec a, ptrdiff_t n) {
+    _mm512_mask_storeu_pd(p, f64_first(n), a);
+}
 FSM_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return _mm512_add_pd(a, b); }
-FSM_INLINE f64_vec f64_add_m(f64_vec a, f64_vec b) { return _mm512_fmadd_pd(a, _mm512_set1_pd(1), b); }
-FSM_INLINE f64_vec f64_rint(f64_vec a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FSM_INLINE f64_vec f64_add_m(f64_vec a, f64_vec b) {
+    return _mm512_fmadd_pd(a, _mm512_set1_pd(1), b);
+}
+FSM_INLINE f64_vec f64_rint(f64_vec a) {
+    return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 FSM_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm512_sub_pd(a, b); }
 FSM_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm512_mul_pd(a, b); }
 FSM_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmadd_pd(a, b, c); }
@@ -66,7 +85,9 @@ FSM_INLINE f64_vec f64_exp2(f64_vec n) { return _mm512_scalef_pd(_mm512_set1_pd(
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, k, _CMP_NEQ_UQ), b);
 }
-FSM_INLINE f64_vec f64_canon(f64_vec a) { return _mm512_mask_mov_pd(_mm512_set1_pd(NAN), _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a); }
+FSM_INLINE f64_vec f64_canon(f64_vec a) {
+    return _mm512_mask_mov_pd(_mm512_set1_pd(NAN), _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a);
+}
 FSM_INLINE double f64_hmax(f64_vec a) { return _mm512_reduce_max_pd(a); }
 FSM_INLINE double f64_hsum(f64_vec a) { return _mm512_reduce_add_pd(a); }
 FSM_INLINE f64_ivec f64_bits(f64_vec a) { return _mm512_castpd_si512(a); }
@@ -81,35 +102,48 @@ FSM_INLINE f32_vec f16_load(const void *p) { return _mm512_cvtph_ps(_mm256_loadu
 FSM_INLINE f32_vec f16_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
     return _mm512_mask_cvtph_ps(fill, f32_first(n), _mm256_maskz_loadu_epi16(f32_first(n), p));
 }
-FSM_INLINE void f16_store(void *p, f32_vec a) { _mm256_storeu_si256(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+FSM_INLINE void f16_store(void *p, f32_vec a) {
+    _mm256_storeu_si256(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 FSM_INLINE void f16_store_n(void *p, f32_vec a, ptrdiff_t n) {
     _mm256_mask_storeu_epi16(p, f32_first(n), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
-FSM_INLINE f32_vec bf16_widen(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
-FSM_INLINE __m256i bf16_narrow(f32_vec a) { /* not vcvtneps2bf16, which flushes subnormals; see f32_to_bf16 */
-    __m512i u = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16));
+FSM_INLINE f32_vec bf16_widen(__m256i h) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+FSM_INLINE __m256i
+bf16_narrow(f32_vec a) { /* not vcvtneps2bf16, which flushes subnormals; see f32_to_bf16 */
+    __m512i u = _mm512_castps_si512(a),
+            odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(
+        _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16));
 }
 FSM_INLINE f32_vec bf16_load(const void *p) { return bf16_widen(_mm256_loadu_si256(p)); }
 FSM_INLINE f32_vec bf16_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
-    return _mm512_mask_mov_ps(fill, f32_first(n), bf16_widen(_mm256_maskz_loadu_epi16(f32_first(n), p)));
+    return _mm512_mask_mov_ps(fill, f32_first(n),
+                              bf16_widen(_mm256_maskz_loadu_epi16(f32_first(n), p)));
 }
 FSM_INLINE void bf16_store(void *p, f32_vec a) { _mm256_storeu_si256(p, bf16_narrow(a)); }
-FSM_INLINE void bf16_store_n(void *p, f32_vec a, ptrdiff_t n) { _mm256_mask_storeu_epi16(p, f32_first(n), bf16_narrow(a)); }
+FSM_INLINE void bf16_store_n(void *p, f32_vec a, ptrdiff_t n) {
+    _mm256_mask_storeu_epi16(p, f32_first(n), bf16_narrow(a));
+}
 
 FSM_INLINE void f32_transpose(f32_vec r[16]) {
     __m512 t[16];
     for (int i = 0; i < 16; i += 4) { /* 4x4 blocks inside each 128-bit lane */
         __m512 a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
-        __m512 c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+        __m512 c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]),
+               d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
         t[i + 0] = _mm512_shuffle_ps(a, c, 0x44);
         t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
         t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
         t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
     }
     for (int i = 0; i < 4; i++) { /* then the lanes themselves */
-        __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
-        __m512 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+        __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88),
+               b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+        __m512 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88),
+               d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
         r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
         r[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
         r[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
@@ -124,8 +158,10 @@ FSM_INLINE void f64_transpose(f64_vec r[8]) {
         t[i + 1] = _mm512_unpackhi_pd(r[i], r[i + 1]);
     }
     for (int i = 0; i < 2; i++) {
-        __m512d a = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88), b = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
-        __m512d c = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88), d = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xdd);
+        __m512d a = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88),
+                b = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
+        __m512d c = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88),
+                d = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xdd);
         r[i] = _mm512_shuffle_f64x2(a, c, 0x88);
         r[i + 4] = _mm512_shuffle_f64x2(a, c, 0xdd);
         r[i + 2] = _mm512_shuffle_f64x2(b, d, 0x88);

@@ -8,6 +8,7 @@ import ctypes
 import platform
 import sys
 import warnings
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -35,6 +36,11 @@ NAN, INF = np.nan, np.inf
 LENGTHS = (2, 5, 16, 40, 70, 300, 2100)
 
 
+@lru_cache(maxsize=64)
+def neighbours(n, dtype):
+    return normal((21, n), dtype, 2.0, "neighbours")
+
+
 class Batch:
     """Calls that see `row` in the middle of a batch of ordinary rows, whichever way it lies."""
 
@@ -44,7 +50,7 @@ class Batch:
     def __call__(self, function, row, **kwargs):
         """The result for `row`; every array among kwargs belongs to that row alone."""
         n = row.shape[-1]
-        x = normal((21, n), row.dtype, 2.0, "neighbours")
+        x = neighbours(n, row.dtype).copy()
         plain = self._run(function, x, {})
         x[10] = row
         arrays = {}
