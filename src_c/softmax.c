@@ -262,14 +262,14 @@ static unit_place place_of(const fsm_plan *p, ptrdiff_t unit) {
  * even step. */
 static ptrdiff_t axis_offset(const fsm_plan *p, fsm_operand o, ptrdiff_t i) {
     ptrdiff_t offset = 0;
-    for (int d = p->axis_ndim - 1; d >= 0; i /= p->axis[d].size, d--)
+    for (int d = p->axis_ndim - 1; i > 0; i /= p->axis[d].size, d--)
         offset += i % p->axis[d].size * p->axis[d].stride[o];
     return offset;
 }
 static ptrdiff_t even_run(const fsm_plan *p, ptrdiff_t i) {
     if (p->axis_ndim == 0) return 1;
     const ptrdiff_t size = p->axis[p->axis_ndim - 1].size;
-    return size - i % size;
+    return i == 0 ? size : size - i % size; /* a division is worth avoiding: rows may be short */
 }
 static ptrdiff_t axis_step(const fsm_plan *p, fsm_operand o) {
     return p->axis_ndim ? p->axis[p->axis_ndim - 1].stride[o] : 0;

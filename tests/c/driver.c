@@ -334,8 +334,8 @@ typedef struct {
 static void evaluate(const test *t, ptrdiff_t r, entry *e) {
     const int log_backward = t->op == FSM_LOG_SOFTMAX_BACKWARD;
     const double scale = t->has[FSM_SCALE] ? stored(t, FSM_SCALE, r, 0) : 1;
-    long double m = -INFINITY, sum = 0, all = 0,
-                odd = 0; /* all: sum of |terms|; odd: of inf, NaN */
+    long double m = -INFINITY, sum = 0; /* the maximum, NaN if there is one */
+    long double all = 0, odd = 0;       /* of |terms|; of weighted terms that are not finite */
     for (ptrdiff_t i = 0; i < length_of(t); i++) {
         const double x = stored(t, FSM_X, r, i), s = is_backward(t->op) ? 1 : scale;
         const double bias = t->has[FSM_BIAS] ? stored(t, FSM_BIAS, r, i) : 0;
@@ -348,42 +348,52 @@ static void evaluate(const test *t, ptrdiff_t r, entry *e) {
         if (!in) continue;
         if (is_backward(t->op)) sum += term, all += fabsl(term);
         else if (t->op == FSM_LOGSUMEXP_WEIGHTED && !(z < INFINITY)) odd += term;
-        else if (z > m || z != z) m = z; /* NaN stays */
+        else if (z > m || z != z) m = z;
     }
-    const int finite = m - m == 0;
-    for (ptrdiff_t i = 0; i < length_of(t) && finite; i++)
-        if (e[i].takes_part && e[i].x < INFINITY) {
-            const long double term = e[i].y * expl(e[i].x - m);
-            sum += term, all += fabsl(term);
-        }
-    const long double lse = finite ? m + logl(fabsl(sum)) : m;
+    const int finite = m - m == 0, weighted = t->op == FSM_LOGSUMEXP_WEIGHTED;
+    long double top = 0, rest = 0; /* the term of the first maximum, and the others */
+    for (ptrdiff_t i = 0; i < length_of(t) && finite; i++) {
+        if (!e[i].takes_part || !(e[i].x < INFINITY)) continue;
+        const long double term = e[i].y * expl(e[i].x - m);
+        if (e[i].x == m && top == 0) top = term;
+        else rest += term;
+        all += fabsl(term);
+    }
+    if (!is_backward(t->op)) sum = top + rest;
+    const long double log_sum = weighted ? logl(fabsl(sum)) : log1pl(rest);
     const long double least_unit = finite ? fmaxl(1, fabsl(m)) : 1;
     for (entry *one = e; one < e + width_of(t); one++) {
         const long double x = one->x, p = log_backward ? expl(one->y) : one->y;
-        if (t->op == FSM_LOGSUMEXP) one->value = lse;
-        else if (t->op == FSM_LOGSUMEXP_WEIGHTED) {
-            const long double s = odd != 0 ? odd : sum;
-            e[length_of(t)].value = s != s ? NAN : (s > 0) - (s < 0);
-            one->value = odd != 0 ? fabsl(odd) : lse;
-            if (s != s || (s < 0 && !t->has[FSM_SIGN])) one->value = NAN;
+        if (is_reduction(t->op)) {
+            one->value = finite ? m + log_sum : m;
+            one->unit = fmaxl(least_unit, fabsl(one->value));
         } else if (!one->takes_part) one->value = t->op == FSM_LOG_SOFTMAX ? -INFINITY : 0;
-        else if (log_backward) one->value = scale * (x - p * sum);
-        else if (t->op == FSM_SOFTMAX_BACKWARD) one->value = scale * (p * (x - sum));
-        else if (!finite) one->value = NAN;
-        else one->value = t->op == FSM_SOFTMAX ? expl(x - m) / sum : x - m - logl(sum);
-
-        if (t->op == FSM_SOFTMAX) one->unit = one->value;
-        else if (log_backward) one->unit = fabs(scale) * (fabsl(x) + p * all);
-        else if (t->op == FSM_SOFTMAX_BACKWARD) one->unit = fabs(scale) * p * (fabsl(x) + all);
-        else one->unit = fmaxl(least_unit, fabsl(one->value));
-        if (t->op == FSM_LOGSUMEXP_WEIGHTED) one->unit += all / fabsl(sum); /* cancellation */
+        else if (log_backward) {
+            one->value = scale * (x - p * sum);
+            one->unit = fabs(scale) * (fabsl(x) + p * all);
+        } else if (is_backward(t->op)) {
+            one->value = scale * (p * (x - sum));
+            one->unit = fabs(scale) * p * (fabsl(x) + all);
+        } else if (!finite) one->value = NAN;
+        else if (t->op == FSM_SOFTMAX) one->unit = one->value = expl(x - m) / sum;
+        else {
+            one->value = x - m - log_sum;
+            one->unit = fmaxl(least_unit, fabsl(one->value));
+            if (x == m) one->unit = fabsl(one->value) + 0x1p-24L * length_of(t); /* no cancelling */
+        }
     }
+    if (!weighted) return;
+    if (odd != 0) sum = odd;
+    e[length_of(t)].value = sum != sum ? NAN : (sum > 0) - (sum < 0);
+    if (odd != 0) e->value = fabsl(odd);
+    if (sum < 0 && !t->has[FSM_SIGN]) e->value = NAN;
+    e->unit += all / fabsl(sum); /* cancellation */
 }
 
 static int agrees(const test *t, double got, long double want, long double unit) {
     const fsm_dtype out = t->type[FSM_OUT], compute = t->compute;
     if (got != got || want != want) return got != got && want != want;
-    if (want - want != 0 || want == 0) return got == want;
+    if (want - want != 0 || unit == 0) return got == want;
     if (got - got != 0) return fabsl(want) >= floats[out].most && (got > 0) == (want > 0);
     return fabsl(got - want) <= 4 * floats[compute].ulp * unit + floats[compute].least +
                                     0.501L * floats[out].ulp * fabsl(want) + floats[out].least;
