@@ -52,10 +52,15 @@ FSM_INLINE f32_ivec f32_set1_int(int32_t a) { return _mm512_set1_epi32(a); }
 FSM_INLINE f32_ivec f32_add_int(f32_ivec a, f32_ivec b) { return _mm512_add_epi32(a, b); }
 FSM_INLINE f32_ivec f32_sub_int(f32_ivec a, f32_ivec b) { return _mm512_sub_epi32(a, b); }
 FSM_INLINE void f32_store_int(void *p, f32_ivec a) { _mm512_storeu_si512(p, a); }
+/* Additions of vectors to the end: they wrap, where the last one of _mm512_reduce_add_epi64 is C's. */
+FSM_INLINE int64_t f64_sum_int(f64_ivec a) {
+    __m256i b = _mm256_add_epi64(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    __m128i c = _mm_add_epi64(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    return _mm_cvtsi128_si64(_mm_add_epi64(c, _mm_unpackhi_epi64(c, c)));
+}
 FSM_INLINE int64_t f32_sum_int(f32_ivec a) {
-    return _mm512_reduce_add_epi64(
-        _mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(a)),
-                         _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1))));
+    return f64_sum_int(_mm512_add_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(a)),
+                                        _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(a, 1))));
 }
 
 FSM_INLINE f64_vec f64_set1(double a) { return _mm512_set1_pd(a); }
@@ -95,7 +100,6 @@ FSM_INLINE f64_ivec f64_set1_int(int64_t a) { return _mm512_set1_epi64(a); }
 FSM_INLINE f64_ivec f64_add_int(f64_ivec a, f64_ivec b) { return _mm512_add_epi64(a, b); }
 FSM_INLINE f64_ivec f64_sub_int(f64_ivec a, f64_ivec b) { return _mm512_sub_epi64(a, b); }
 FSM_INLINE void f64_store_int(void *p, f64_ivec a) { _mm512_storeu_si512(p, a); }
-FSM_INLINE int64_t f64_sum_int(f64_ivec a) { return _mm512_reduce_add_epi64(a); }
 
 /* Halves, as float32 vectors. */
 FSM_INLINE f32_vec f16_load(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
