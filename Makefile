@@ -4,7 +4,7 @@ PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 
-.PHONY: help build test full lint format sanitize clean
+.PHONY: help build test full lint format sanitize valgrind clean
 .DEFAULT_GOAL = help
 
 help:  ## list the targets
@@ -30,29 +30,33 @@ format:  ## format the sources in place
 	ruff format .
 	$(CLANG_FORMAT) -i $(C_FILES)
 
-# The C library without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
-SAN = build/sanitize
-SAN_FLAGS = -g -O1 -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fopenmp -Isrc_c \
-	-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+# The C library without Python: tests/c/driver.c under the sanitizers, and, with fewer tests, valgrind,
+# which watches the ends of arrays itself and has no AVX-512.
 ISAS = scalar $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
 FLAGS_isa_avx2 = -mavx2 -mfma -mf16c
 FLAGS_isa_avx512 = $(FLAGS_isa_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
-HAVE = $(if $(filter avx2,$(ISAS)),-DFSM_HAVE_AVX2 -DFSM_HAVE_AVX512)
-SAN_OBJECTS = $(patsubst %,$(SAN)/%.o,dispatch parallel softmax $(ISAS:%=isa_%) driver)
+DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fopenmp -Isrc_c \
+	$(if $(filter avx2,$(ISAS)),-DFSM_HAVE_AVX2 -DFSM_HAVE_AVX512)
+FLAGS_sanitize = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+FLAGS_valgrind = -O2 -DGUARD=0 -DONE_IN=17
+vpath %.c src_c tests/c
 
-sanitize: $(SAN)/driver  ## run the C driver under ASan and UBSan
-	$(SAN)/driver
+define driver_for
+build/$(1)/driver: $(patsubst %,build/$(1)/%.o,dispatch parallel softmax $(ISAS:%=isa_%) driver)
+	$$(CC) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) -o $$@ $$^ -lm
 
-$(SAN)/driver: $(SAN_OBJECTS)
-	$(CC) $(SAN_FLAGS) -o $@ $^ -lm
+build/$(1)/%.o: %.c $(C_FILES) Makefile
+	@mkdir -p $$(@D)
+	$$(CC) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) $$(FLAGS_$$*) -c -o $$@ $$<
+endef
+$(foreach tool,sanitize valgrind,$(eval $(call driver_for,$(tool))))
 
-$(SAN)/%.o: src_c/%.c $(C_FILES) Makefile
-	@mkdir -p $(SAN)
-	$(CC) $(SAN_FLAGS) $(HAVE) $(FLAGS_$*) -c -o $@ $<
+sanitize: build/sanitize/driver  ## run the C driver under ASan and UBSan
+	$<
 
-$(SAN)/%.o: tests/c/%.c $(C_FILES) Makefile
-	@mkdir -p $(SAN)
-	$(CC) $(SAN_FLAGS) $(HAVE) -c -o $@ $<
+valgrind: build/valgrind/driver  ## run part of it under valgrind
+	valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
+		--show-leak-kinds=definite $< $(filter-out avx512,$(ISAS))
 
 clean:  ## remove what was built here
 	rm -rf build dist *.egg-info fastsoftmax/*.so fastsoftmax/*.pyd

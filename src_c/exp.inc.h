@@ -55,6 +55,7 @@
 #define WEIGHTED_RANGE FSM_NAME(WEIGHTED_RANGE)
 #define EXACT_COARSE FSM_NAME(EXACT_COARSE)
 
+#define real_fma FSM_NAME(real_fma)
 #define exp_ref FSM_NAME(exp_ref)
 #define exp_vref FSM_NAME(exp_vref)
 #define exp_reference FSM_NAME(exp_reference)
@@ -82,12 +83,12 @@ typedef struct {
     vec c, lo, ml, q, rest;
 } exp_vref;
 
-/* The difference is exact, since its terms are close; q LN2_HI has its 24 bits (float64: 52) at the
- * most: |q| < 1478 (11819), in 64ths. */
+/* The fma is exact: q LN2_HI and m - c differ by less than 0.0055, and neither has bits below
+ * 2^-23 (float64: 2^-39) or the last one of m. */
 FSM_INLINE exp_ref exp_reference(real m, real range) {
-    const real c = (m < 0 ? -m : m) >= EXP_BIG ? m : 0, d = m - c, ml = d * LOG2E,
-               q = (ml + GRID_MAGIC) - GRID_MAGIC;
-    return (exp_ref){c, d - range, ml, q, q * LN2_HI - d};
+    const real c = (m < 0 ? -m : m) >= EXP_BIG ? m : 0, d = m - c, ml = d * LOG2E;
+    const real q = (ml + GRID_MAGIC) - GRID_MAGIC;
+    return (exp_ref){c, d - range, ml, q, real_fma(q, LN2_HI, -d)};
 }
 
 FSM_INLINE exp_vref exp_broadcast(exp_ref r) {

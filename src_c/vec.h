@@ -81,6 +81,9 @@ typedef int32_t f32_bits_t;
 typedef double f64_real;
 typedef int64_t f64_bits_t;
 
+FSM_INLINE float f32_real_fma(float a, float b, float c) { return fmaf(a, b, c); }
+FSM_INLINE double f64_real_fma(double a, double b, double c) { return fma(a, b, c); }
+
 /* Scalar conversions, the same on every ISA. Half to float is exact; float to half rounds to
  * nearest even. */
 

@@ -3,6 +3,7 @@
 The true result is the softmax of z, the logits in the compute type after temperature and bias.
 """
 
+import itertools
 from functools import lru_cache
 
 import mpmath
@@ -270,10 +271,15 @@ def test_logarithms_halves(isa, dtype, name, record_max):
 
 @pytest.mark.parametrize("n", [2, 3, 9, 16, 50, 300, 5000, 70_000])
 def test_dominating_entry_of_log_softmax(isa, n, record_max):
-    """log_softmax of the largest entry is -log1p(rest): tiny, and right in its own ulp."""
-    for gap in (0.5, 3.0, 8.0, 12.0, 16.0, 17.5, 25.0):
-        x = normal(n, F32, 0.5, "dominating", gap) - np.float32(gap + np.log(n))
-        x[n // 2] = 0.25
+    """log_softmax of the largest entry is -log1p(rest): tiny, and right in its own ulp.
+
+    Wherever the row lies: exp of the maximum must be 1 to the last bit, on both sides of the
+    switch in its reduction at 1024.
+    """
+    gaps, tops = (0.5, 3.0, 8.0, 12.0, 16.0, 17.5, 25.0), (0.25, -5.3, 97.1, -801.7, 1023.9, 4e4)
+    for gap, top in itertools.product(gaps, tops):
+        x = normal(n, F32, 0.5, "dominating", gap) - np.float32(gap + np.log(n) - top)
+        x[n // 2] = top
         true = reference.log_softmax(x, precise=WIDE)[n // 2]
         got = fs.log_softmax(x)[n // 2]
         error = abs(got.astype(WIDE) - true) - n * DOMINATING_ABS_PER_ENTRY

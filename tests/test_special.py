@@ -28,6 +28,7 @@ from common import (
     dtype_id,
     every_dtype,
     normal,
+    rng,
 )
 
 import fastsoftmax as fs
@@ -602,3 +603,13 @@ def test_flags_and_modes_are_left_as_found(isa, dtype):
     # Neither flush-to-zero nor denormals-are-zero is switched on.
     tiny = np.array([2.0**-140], F32)
     assert (tiny * np.float32(0.5))[0] == 2.0**-141
+
+
+def test_a_row_of_one_is_certain(isa):
+    """softmax 1, log_softmax 0 and logsumexp the entry itself, exactly, wherever it lies."""
+    for dtype in (np.float32, np.float64):
+        x = (rng("one").standard_normal(2000) * 10.0 ** rng("scale").uniform(-3, 5, 2000))[:, None]
+        x = x.astype(dtype)
+        assert (fs.softmax(x) == 1).all()
+        assert (fs.log_softmax(x) == 0).all()
+        assert (fs.logsumexp(x, axis=1) == x[:, 0]).all()

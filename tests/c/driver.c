@@ -11,7 +11,7 @@
  *     guards               around the arrays and in their gaps nothing may be written, nor read
  *
  * Guards have all bits set and so are NaN: a read that no tool sees (GCC's ASan is blind to masked
- * vectors) spoils the results.
+ * vector loads) spoils the results.
  */
 #define _POSIX_C_SOURCE 200112L
 #include "fastsoftmax.h"
@@ -33,6 +33,9 @@
 #endif
 #ifndef GUARD /* bytes on either side of an array; 0 where a tool watches the ends of each malloc */
 #define GUARD 64
+#endif
+#ifndef ONE_IN /* for slow machines: run one test in so many */
+#define ONE_IN 1
 #endif
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
@@ -391,13 +394,20 @@ static void evaluate(const test *t, ptrdiff_t r, entry *e) {
     e->unit += all / fabsl(sum); /* cancellation */
 }
 
+/* In units; more where long double is no finer than double, as under valgrind. */
+static int tolerance(const test *t) {
+    volatile long double one = 1;
+    return t->compute == FSM_F64 && one + 0x1p-60L == one ? 4096 : 4;
+}
+
 static int agrees(const test *t, double got, long double want, long double unit) {
     const fsm_dtype out = t->type[FSM_OUT], compute = t->compute;
     if (got != got || want != want) return got != got && want != want;
     if (want - want != 0 || unit == 0) return got == want;
     if (got - got != 0) return fabsl(want) >= floats[out].most && (got > 0) == (want > 0);
-    return fabsl(got - want) <= 4 * floats[compute].ulp * unit + floats[compute].least +
-                                    0.501L * floats[out].ulp * fabsl(want) + floats[out].least;
+    const long double rounding = 0.501L * floats[out].ulp * fabsl(want) + floats[out].least;
+    return fabsl(got - want) <=
+           tolerance(t) * floats[compute].ulp * unit + floats[compute].least + rounding;
 }
 
 static void check_values(const test *t, const char *results, const char *signs) {
@@ -410,7 +420,7 @@ static void check_values(const test *t, const char *results, const char *signs) 
         for (ptrdiff_t i = 0; i < width_of(t) && !*what; i++, at++, results += sizes[out]) {
             const double got = decode(out, results);
             if (!agrees(t, got, e[i].value, e[i].unit))
-                snprintf(what, sizeof what, "%.9g, not %.9Lg", got, e[i].value);
+                snprintf(what, sizeof what, "%.17g, not %.20Lg", got, e[i].value);
         }
         if (t->has[FSM_SIGN] && !agrees(t, decode(out, signs), e[length_of(t)].value, 0))
             strcpy(what, "wrong sign");
@@ -420,6 +430,8 @@ static void check_values(const test *t, const char *results, const char *signs) 
 }
 
 static void check(test t) {
+    static atomic_long asked;
+    if (atomic_fetch_add(&asked, 1) % ONE_IN) return;
     const ptrdiff_t bytes = bytes_of(&t), all = t.has[FSM_SIGN] ? 2 * bytes : bytes;
     char *want = allocate(all), *got = allocate(all);
     run_alone(&t, want, want + bytes);
@@ -498,7 +510,7 @@ static void lengths(fsm_op op) {
 /* Short rows are taken side by side, as lanes, and so are columns. */
 static void lanes(fsm_op op) {
     static const ptrdiff_t rows[] = {1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 130};
-    static const ptrdiff_t lengths[] = {1, 2, 31, 33, 70};
+    static const ptrdiff_t lengths[] = {1, 31, 70};
     for (int k = 0; k < COUNT(rows); k++)
         for (int n = 1; n <= 34; n++)
             check(with(usual(n + k, op, rows[k], n), k % 4 == 3 ? WHERE : 0));
@@ -522,18 +534,19 @@ static void dtypes(fsm_op op) {
 
 static const ptrdiff_t shapes[][4] = {{3, 5, 2, 7}, {2, 19, 1, 3}, {2, 70, 3, 11}, {3, 1, 4, 75}};
 
+/* Each pair of layouts; types, shape and operands by chance. */
 static void all_layouts(fsm_op op) {
-    for (int k = 0; k < COUNT(shapes) * COUNT(layouts) * COUNT(layouts); k++) {
-        const int in = k / COUNT(shapes) % COUNT(layouts), out = k / COUNT(shapes) / COUNT(layouts);
-        const test t = shaped(usual(k + in, op, 1, 1), shapes[k % COUNT(shapes)]);
-        check(laid_out(with(t, k % 3 ? k % 8 : 0), in, k % COUNT(layouts), out));
+    for (int k = 0; k < 3 * COUNT(layouts) * COUNT(layouts); k++) {
+        const int h = (int)(hash(FSM_X, k, op) % (1 << 20)), in = k % COUNT(layouts);
+        const test t = with(shaped(usual(h, op, 1, 1), shapes[h / 8 % COUNT(shapes)]), h / 32);
+        check(laid_out(t, in, h / 256 % COUNT(layouts), k / COUNT(layouts) % COUNT(layouts)));
     }
 }
 
 /* Strides of 0, which broadcasting makes. */
 static void zero_strides(fsm_op op) {
-    for (int k = 0; k < COUNT(shapes) * 128; k++) {
-        test t = shaped(usual(k / 3, op, 1, 1), shapes[k / 128]);
+    for (int k = 0; k < 3 * 128; k++) {
+        test t = shaped(usual(k / 3, op, 1, 1), shapes[(k + k / 128) % COUNT(shapes)]);
         t = with(t, k % 3 ? EVERYTHING : BIAS | WHERE);
         t.still[FSM_X] = k % 4;
         t.still[FSM_Y] = t.still[FSM_BIAS] = k / 4 % 4;
@@ -597,12 +610,11 @@ static void long_rows(fsm_op op) {
         t.threads = 1 + (k + (int)op) % 3;
         check(t);
     }
-    if (op == FSM_LOGSUMEXP_WEIGHTED) check(usual(1, op, 1, (1 << 20) + 3));
 }
 
 static void small(fsm_op op) {
-    static const ptrdiff_t rows[] = {1, 3, 4, 17, 65};
-    for (int n = 1; n <= 1030 && op <= FSM_LOG_SOFTMAX; n += n < 70 ? 1 : 60)
+    static const ptrdiff_t rows[] = {1, 4, 65};
+    for (int n = 1; n <= 1100 && op <= FSM_LOG_SOFTMAX; n += n < 70 ? 1 : 93)
         for (int k = 0; k < COUNT(rows) * 4; k++) {
             test t = usual(k % 4, op, rows[k / 4], n);
             t.out_at = n % 3 ? FSM_OUT : FSM_X;
