@@ -1,4 +1,4 @@
-"""Softmax for NumPy arrays: the fastest and most accurate one on a CPU, with nothing but C inside.
+"""Softmax for NumPy arrays on the CPU: fast, accurate, and reproducible to the bit.
 
 A map of the house. The public names below come from ``_core``, the only Cython, which checks the
 arguments, makes a plan and calls the C library in ``src_c``; all arithmetic is there, compiled once

@@ -1,17 +1,5 @@
-/* AVX-512 F + BW + DQ + VL. */
+/* AVX-512 F, BW, DQ and VL. */
 #include "vec_avx512.h"
-#include "log.h"
 
-#define FSM_BITS 32
-#define FSM_TYPE f32
-#include "table.inc.h"
-static const fsm_kernels f32_kernels = FSM_KERNELS;
-
-#undef FSM_BITS
-#undef FSM_TYPE
-#define FSM_BITS 64
-#define FSM_TYPE f64
-#include "table.inc.h"
-static const fsm_kernels f64_kernels = FSM_KERNELS;
-
-const fsm_isa fsm_isa_avx512 = {"avx512", &f32_kernels, &f64_kernels};
+#define FSM_ISA avx512
+#include "isa.inc.h"

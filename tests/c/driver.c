@@ -338,8 +338,8 @@ typedef struct {
 static void evaluate(const test *t, ptrdiff_t r, entry *e) {
     const int log_backward = t->op == FSM_LOG_SOFTMAX_BACKWARD;
     const double scale = t->has[FSM_SCALE] ? stored(t, FSM_SCALE, r, 0) : 1;
-    long double m = -INFINITY, sum = 0; /* the maximum, NaN if there is one */
-    long double all = 0, odd = 0;       /* of |terms|; of weighted terms that are not finite */
+    long double m = -INFINITY, sum = 0, all = 0; /* m: NaN if there is one; all: of |terms| */
+    double odd = 0;                              /* the sum of weighted terms that are not finite */
     for (ptrdiff_t i = 0; i < length_of(t); i++) {
         const double x = stored(t, FSM_X, r, i), s = is_backward(t->op) ? 1 : scale;
         const double bias = t->has[FSM_BIAS] ? stored(t, FSM_BIAS, r, i) : 0;
@@ -348,10 +348,11 @@ static void evaluate(const test *t, ptrdiff_t r, entry *e) {
         const int in = where && bias != -INFINITY && y != (log_backward ? -INFINITY : 0);
         if (t->compute == FSM_F64) e[i] = (entry){fma(x, s, bias), y, in, 0, 0};
         else e[i] = (entry){fmaf((float)x, (float)s, (float)bias), (float)y, in, 0, 0};
-        const long double z = e[i].x, term = log_backward ? z : z * e[i].y;
+        const double z = e[i].x;
+        const long double term = log_backward ? z : (long double)z * e[i].y;
         if (!in) continue;
         if (is_backward(t->op)) sum += term, all += fabsl(term);
-        else if (t->op == FSM_LOGSUMEXP_WEIGHTED && !(z < INFINITY)) odd += term;
+        else if (t->op == FSM_LOGSUMEXP_WEIGHTED && !(z < INFINITY)) odd += z * e[i].y;
         else if (z > m || z != z) m = z;
     }
     const int finite = m - m == 0, weighted = t->op == FSM_LOGSUMEXP_WEIGHTED;
@@ -387,10 +388,10 @@ static void evaluate(const test *t, ptrdiff_t r, entry *e) {
         }
     }
     if (!weighted) return;
-    if (odd != 0) sum = odd;
-    e[length_of(t)].value = sum != sum ? NAN : (sum > 0) - (sum < 0);
-    if (odd != 0) e->value = fabsl(odd);
-    if (sum < 0 && !t->has[FSM_SIGN]) e->value = NAN;
+    const double signed_sum = odd != 0 ? odd : (double)sum;
+    e[length_of(t)].value = odd != odd ? NAN : (signed_sum > 0) - (signed_sum < 0);
+    if (odd != 0) e->value = fabs(odd);
+    if (signed_sum < 0 && !t->has[FSM_SIGN]) e->value = NAN;
     e->unit += all / fabsl(sum); /* cancellation */
 }
 
@@ -423,7 +424,7 @@ static void check_values(const test *t, const char *results, const char *signs) 
                 snprintf(what, sizeof what, "%.17g, not %.20Lg", got, e[i].value);
         }
         if (t->has[FSM_SIGN] && !agrees(t, decode(out, signs), e[length_of(t)].value, 0))
-            strcpy(what, "wrong sign");
+            strcpy(what, "the wrong sign");
     }
     expect(!*what, t, scalar, what, at - 1);
     free(e);
