@@ -195,7 +195,7 @@ cdef _reciprocal(temperature, shape, compute, fsm_problem *problem, bint negate)
     """+-1/temperature in the compute type, as an array that broadcasts; None if it is 1."""
     cdef int d, offset
     if temperature is None:
-        return np.asarray(-1, compute) if negate else None
+        return np.broadcast_to(np.asarray(-1, compute), shape) if negate else None
     t = _as_floats(temperature, "temperature", np.float64)
     offset = len(shape) - t.ndim
     for d in range(max(offset, 0), len(shape)):
@@ -362,8 +362,6 @@ cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint
         bias = _broadcast(_as_floats(bias, "bias", compute), shape, "bias")
     where = _as_mask(where, shape)
     scale = _reciprocal(temperature, shape, compute, &problem, negate)
-    if scale is not None:
-        scale = np.broadcast_to(scale, shape)
     if out is None:
         y = np.empty_like(a, result, subok=False)
     else:

@@ -10,7 +10,6 @@
 #define split_weights FSM_NAME(split_weights)
 #define weighted_max FSM_NAME(weighted_max)
 #define weighted_reference FSM_NAME(weighted_reference)
-#define weighted_term FSM_NAME(weighted_term)
 #define weighted_max2 FSM_NAME(weighted_max2)
 #define weighted_sum FSM_NAME(weighted_sum)
 #define weighted_sum_fine FSM_NAME(weighted_sum_fine)
