@@ -6,6 +6,8 @@ What
     exp: p(r) = 1 + r + r^2 q(r), of the smallest relative error on |r| <= 0.34664, just beyond
     ln2/2: reduced arguments are rounded and may step over it. Degree 6 for float32, 11 for float64.
 
+    exp2: p(r) = 1 + r q(r) = 2^r, of the smallest relative error on |r| <= 1/2. The same degrees.
+
     log: log f = 2 atanh(u) = 2 u + u^3 P(u^2) with u = (f - 1)/(f + 1), of the smallest relative
     error for f in [sqrt(1/2), sqrt(2)], |u| <= 0.1716, float64. Degree 6 in u^2.
 
@@ -132,6 +134,19 @@ def derive_exp(degree, bits, grid):
     return c, largest(error, -EXP_LIMIT, EXP_LIMIT)
 
 
+def derive_exp2(degree, bits, grid):
+    """c[1..degree] of 2^r = 1 + c1 r + c2 r^2 + ..., and the largest relative error."""
+    half = mp.mpf("0.5")
+    r = np.array(chebyshev_points(-half, half, grid), dtype=object)
+    e = np.array([mp.power(2, v) for v in r], dtype=object)
+    c = derive([r**k / e for k in range(1, degree + 1)], (e - 1) / e, bits)
+
+    def error(v):
+        return mp.polyval([*reversed(c), 1], v) / mp.power(2, v) - 1
+
+    return c, largest(error, -half, half)
+
+
 def derive_log(degree, bits, grid):
     """The coefficients of P, where log f = 2 u + u^3 P(u^2), and the largest relative error."""
     s = np.array(chebyshev_points(mp.mpf(0), LOG_LIMIT**2, grid), dtype=object)
@@ -167,6 +182,11 @@ def derivation(grid):
             define("LN2_HI", ln2_hi, bits),
             define("LN2_LO", mp.ln2 - ln2_hi, bits),
             *(define(f"EXP{k}", v, bits) for k, v in enumerate(c, 2)),
+        ]
+        c, error = derive_exp2(degree, bits, grid)
+        lines += [
+            f"/* 2^r, |r| <= 1/2, degree {degree}, {described(error, bits)} */",
+            *(define(f"POW{k}", v, bits) for k, v in enumerate(c, 1)),
             "",
         ]
     c, error = derive_log(6, 53, grid)

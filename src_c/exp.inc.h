@@ -48,6 +48,12 @@
 #define EXP4 FSM_NAME(EXP4)
 #define EXP5 FSM_NAME(EXP5)
 #define EXP6 FSM_NAME(EXP6)
+#define POW1 FSM_NAME(POW1)
+#define POW2 FSM_NAME(POW2)
+#define POW3 FSM_NAME(POW3)
+#define POW4 FSM_NAME(POW4)
+#define POW5 FSM_NAME(POW5)
+#define POW_LEAST FSM_NAME(POW_LEAST)
 #define GRID_MAGIC FSM_NAME(GRID_MAGIC)
 #define ULP2 FSM_NAME(ULP2)
 #define EXP_BIG FSM_NAME(EXP_BIG)
@@ -65,6 +71,7 @@
 #define exp_less_one FSM_NAME(exp_less_one)
 #define exp_end FSM_NAME(exp_end)
 #define exp_vec FSM_NAME(exp_vec)
+#define pow2 FSM_NAME(pow2)
 #define pair FSM_NAME(pair)
 #define vsum FSM_NAME(vsum)
 #define vsum_zero FSM_NAME(vsum_zero)
@@ -131,6 +138,31 @@ FSM_INLINE vec exp_less_one(exp_mid m) {
 FSM_INLINE vec exp_end(exp_mid m) {
     const vec scale = v_exp2(m.n);
     return v_fma(exp_less_one(m), scale, scale);
+}
+
+/* 2^t for t <= 0, exactly 1 at 0; NaN stays NaN. t - rint(t) is exact, so the error is that of the
+ * polynomial and of rounding it: 1 * 2^-24 (2^-53), relative. For attention, whose scores carry the
+ * rounding of a dot product anyway. */
+FSM_INLINE vec pow2(vec t) {
+    t = v_max(v_set1(POW_LEAST), t);
+    const vec n = v_rint(t), r = v_sub(t, n);
+#if FSM_BITS == 32
+    vec p = v_set1(f32_POW6);
+#else
+    vec p = v_set1(f64_POW11);
+    p = v_fma(p, r, v_set1(f64_POW10));
+    p = v_fma(p, r, v_set1(f64_POW9));
+    p = v_fma(p, r, v_set1(f64_POW8));
+    p = v_fma(p, r, v_set1(f64_POW7));
+    p = v_fma(p, r, v_set1(f64_POW6));
+#endif
+    p = v_fma(p, r, v_set1(POW5));
+    p = v_fma(p, r, v_set1(POW4));
+    p = v_fma(p, r, v_set1(POW3));
+    p = v_fma(p, r, v_set1(POW2));
+    p = v_fma(p, r, v_set1(POW1));
+    p = v_fma(p, r, v_set1(1));
+    return v_mul(p, v_exp2(n));
 }
 
 FSM_INLINE vec exp_vec(vec x, exp_vref ref, int shift) { return exp_end(exp_begin(x, ref, shift)); }

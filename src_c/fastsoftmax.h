@@ -98,6 +98,71 @@ void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void 
                        ptrdiff_t rows, ptrdiff_t n);
 int fsm_is_small(ptrdiff_t elements); /* true: no second thread would be woken for so many */
 
+/* ---- attention ---- */
+
+/* The operands of an attention problem, and what follows the leading dimensions in their strides. Those
+ * that are absent have data == NULL. */
+typedef enum {
+    FSM_ATTN_Q,       /* head, query, column */
+    FSM_ATTN_K,       /* KV head, key, column */
+    FSM_ATTN_V,       /* KV head, key, column */
+    FSM_ATTN_MASK,    /* head, query, key; bytes, 0 = not visible */
+    FSM_ATTN_BIAS,    /* head, query, key; added to the score, -inf = not visible */
+    FSM_ATTN_OFFSET,  /* none; int64: query i stands at i + offset; |offset| <= 2^61 */
+    FSM_ATTN_LENGTHS, /* none; int64: keys from there on are not visible */
+    FSM_ATTN_SINKS,   /* head; compute type: one more logit, in the denominator only */
+    FSM_ATTN_SLOPES,  /* head; compute type: slope * |position - key| is subtracted */
+    FSM_ATTN_OUT,     /* head, query, column; the dtype of q */
+    FSM_ATTN_LSE,     /* head, query; compute type, may be absent */
+    FSM_ATTN_WEIGHTS, /* head, query, key; the dtype of q, may be absent */
+    FSM_ATTN_COUNT
+} fsm_attention_operand;
+
+typedef struct {
+    fsm_dtype compute; /* FSM_F32 or FSM_F64 */
+    int ndim;          /* of the leading dimensions; at most FSM_MAX_NDIM - 3 */
+    int threads;
+    const fsm_isa *isa;
+    ptrdiff_t shape[FSM_MAX_NDIM];
+    ptrdiff_t heads, kv_heads, queries, keys, depth, v_depth; /* kv_heads divides heads */
+    fsm_array operand[FSM_ATTN_COUNT]; /* strides: leading dimensions, then three as above */
+    double scale, softcap;             /* finite; softcap 0 = none */
+    int causal;
+    ptrdiff_t left, right; /* the window: p - left <= key <= p + right; -1 = open */
+} fsm_attention;
+
+typedef struct fsm_attention_plan fsm_attention_plan;
+
+/* As fsm_plan_new, _run and _free. */
+fsm_status fsm_attention_new(fsm_attention_plan **plan, const fsm_attention *problem);
+fsm_status fsm_attention_run(fsm_attention_plan *plan);
+void fsm_attention_free(fsm_attention_plan *plan);
+
+/* Attention over two sets of keys from the results for each: rows of `columns` elements with a
+ * log-sum-exp each. Operands, all with strides [dimensions of the rows..., column]: */
+typedef enum {
+    FSM_MERGE_OUT_A,
+    FSM_MERGE_LSE_A, /* compute type; its column stride is not looked at */
+    FSM_MERGE_OUT_B,
+    FSM_MERGE_LSE_B,
+    FSM_MERGE_OUT,
+    FSM_MERGE_LSE,
+    FSM_MERGE_COUNT
+} fsm_merge_operand;
+
+typedef struct {
+    fsm_dtype compute;
+    int ndim; /* of the rows */
+    int threads;
+    const fsm_isa *isa;
+    ptrdiff_t shape[FSM_MAX_NDIM], columns;
+    fsm_array operand[FSM_MERGE_COUNT];
+} fsm_merge;
+
+void fsm_merge_attention(const fsm_merge *problem);
+
+/* ---- what there is ---- */
+
 /* ISAs, best first. fsm_isa_at(i) is NULL past the end; only those that this CPU can run are
  * listed. */
 const fsm_isa *fsm_isa_at(int i);

@@ -91,6 +91,34 @@ typedef struct {
     void *scratch;
 } fsm_rows;
 
+/* An operand of attention at one leading index and one KV head: its first element, NULL if it is
+ * absent, and its strides in bytes from head to head of those that share the KV head, from row to
+ * row (queries or keys) and from column to column. */
+typedef struct {
+    char *at;
+    ptrdiff_t head, row, column;
+} fsm_matrix;
+
+/* Attention for one leading index and one KV head: `heads` times `queries` rows, row r being query
+ * r % queries of head r / queries. */
+typedef struct {
+    fsm_dtype dtype, bias_dtype; /* dtype: of q, k, v, out and weights */
+    fsm_matrix q, k, v, mask, bias, sinks, slopes, out, lse, weights;
+    ptrdiff_t heads, queries, keys, depth, v_depth;
+    double scale, softcap;
+    int causal;
+    ptrdiff_t left, right, offset, length;
+    ptrdiff_t begin, end; /* the rows to do */
+    char *scratch;        /* of attend_scratch or decode_scratch bytes, FSM_ALIGNed */
+} fsm_attend;
+
+enum {
+    FSM_ATTEND_KEYS = 64,  /* keys of a block */
+    FSM_ATTEND_GROUPS = 4, /* groups of rows that share the reading of a block, at the most */
+    FSM_DECODE_KEYS = 128, /* keys of a block where there is one query */
+    FSM_DECODE_HEADS = 16  /* heads that share the reading of it, at the most */
+};
+
 typedef struct {
     fsm_passes passes[FSM_OP_COUNT];
     void (*rows)(fsm_op, const fsm_rows *); /* softmax, log_softmax, logsumexp */
@@ -101,6 +129,20 @@ typedef struct {
                          double excluded); /* NaN if it takes part, else `excluded` */
     void (*store)(char *out, ptrdiff_t stride, fsm_dtype dtype, const void *y, ptrdiff_t n);
     void (*exp)(void *out, const void *x, ptrdiff_t n); /* x <= 0; for tests */
+
+    /* Attention. One row a lane, attend_rows of them a group. */
+    int attend_rows;
+    ptrdiff_t (*attend_scratch)(ptrdiff_t depth, ptrdiff_t v_depth);
+    void (*attend)(const fsm_attend *);
+    /* One query: all heads over the keys [first, last) into `part`, of decode_part elements; then
+     * the parts, in order, into the results. */
+    ptrdiff_t (*decode_scratch)(ptrdiff_t depth, ptrdiff_t v_depth, ptrdiff_t heads);
+    ptrdiff_t (*decode_part)(ptrdiff_t v_depth, ptrdiff_t heads);
+    void (*decode)(const fsm_attend *, ptrdiff_t first, ptrdiff_t last, void *part);
+    void (*decode_end)(const fsm_attend *, void *parts, ptrdiff_t count);
+    /* One row of merge_attention: out = the weighted mean of a and b, each at its lse. */
+    void (*merge_row)(const fsm_matrix operand[FSM_MERGE_COUNT], const fsm_dtype dtype[],
+                      ptrdiff_t columns);
 } fsm_kernels;
 
 struct fsm_isa {

@@ -6,6 +6,9 @@
 #include "backward.inc.h"
 #include "weighted.inc.h"
 #include "rows.inc.h"
+#include "score.inc.h"
+#include "attention.inc.h"
+#include "decode.inc.h"
 
 #define FSM_KERNELS                                                                                \
     {                                                                                              \
@@ -33,4 +36,12 @@
         .load_special = special_run,                                                               \
         .store = store_run,                                                                        \
         .exp = exp_array,                                                                          \
+        .attend_rows = GROUP,                                                                      \
+        .attend_scratch = attend_bytes  ,                                                          \
+        .attend = attend_unit,                                                                     \
+        .decode_scratch = decode_bytes  ,                                                          \
+        .decode_part = part_elements,                                                                \
+        .decode = decode_run,                                                                      \
+        .decode_end = decode_finish,                                                                  \
+        .merge_row = merge_one,                                                                    \
     }

@@ -13,9 +13,11 @@
  *     v_exp2(n)          2^n, rounded to even below the smallest subnormal; n an integer in
  *                        [-190, 62] (float64: [-1600, 254])
  *     v_unless(a, k, b)  a != k ? b : 0
+ *     v_if_less(a, b, c, d)  a < b ? c : d, so d where a or b is NaN
  *     v_canon(a)         a, its NaNs made the canonical one
  *     v_sum_int          the sum of the lanes of an ivec, as signed integers, in 64 bits
  *     v_transpose        VL vectors as a square matrix
+ *     ACC_ROWS           times 3 vectors, and 4 more, fit the registers: the tile of a matrix product
  */
 #ifndef FSM_VEC_H
 #define FSM_VEC_H
@@ -57,6 +59,7 @@
 #define v_add_m FSM_NAME(add_m)
 #define v_sub FSM_NAME(sub)
 #define v_mul FSM_NAME(mul)
+#define v_div FSM_NAME(div)
 #define v_fma FSM_NAME(fma)
 #define v_fms FSM_NAME(fms)
 #define v_fnma FSM_NAME(fnma)
@@ -65,6 +68,7 @@
 #define v_rint FSM_NAME(rint)
 #define v_exp2 FSM_NAME(exp2)
 #define v_unless FSM_NAME(unless)
+#define v_if_less FSM_NAME(if_less)
 #define v_canon FSM_NAME(canon)
 #define v_hmax FSM_NAME(hmax)
 #define v_hsum FSM_NAME(hsum)

@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-enum { f32_VL = 8, f64_VL = 4 };
+enum { f32_VL = 8, f64_VL = 4, ACC_ROWS = 4 };
 typedef __m256 f32_vec;
 typedef __m256i f32_ivec;
 typedef __m256d f64_vec;
@@ -39,6 +39,7 @@ FSM_INLINE f32_vec f32_rint(f32_vec a) {
 }
 FSM_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm256_sub_ps(a, b); }
 FSM_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm256_mul_ps(a, b); }
+FSM_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return _mm256_div_ps(a, b); }
 FSM_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmadd_ps(a, b, c); }
 FSM_INLINE f32_vec f32_fms(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmsub_ps(a, b, c); }
 FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fnmadd_ps(a, b, c); }
@@ -50,6 +51,9 @@ FSM_INLINE f32_vec f32_exp2(f32_vec n) { /* see vec_scalar.h */
 }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm256_and_ps(_mm256_cmp_ps(a, k, _CMP_NEQ_UQ), b);
+}
+FSM_INLINE f32_vec f32_if_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
+    return _mm256_blendv_ps(d, c, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
 FSM_INLINE f32_vec f32_canon(f32_vec a) {
     return _mm256_blendv_ps(a, _mm256_set1_ps(NAN), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
@@ -97,6 +101,7 @@ FSM_INLINE f64_vec f64_rint(f64_vec a) {
 }
 FSM_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm256_sub_pd(a, b); }
 FSM_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm256_mul_pd(a, b); }
+FSM_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return _mm256_div_pd(a, b); }
 FSM_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fmadd_pd(a, b, c); }
 FSM_INLINE f64_vec f64_fms(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fmsub_pd(a, b, c); }
 FSM_INLINE f64_vec f64_fnma(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fnmadd_pd(a, b, c); }
@@ -108,6 +113,9 @@ FSM_INLINE f64_vec f64_exp2(f64_vec n) {
 }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm256_and_pd(_mm256_cmp_pd(a, k, _CMP_NEQ_UQ), b);
+}
+FSM_INLINE f64_vec f64_if_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
+    return _mm256_blendv_pd(d, c, _mm256_cmp_pd(a, b, _CMP_LT_OQ));
 }
 FSM_INLINE f64_vec f64_canon(f64_vec a) {
     return _mm256_blendv_pd(a, _mm256_set1_pd(NAN), _mm256_cmp_pd(a, a, _CMP_UNORD_Q));

@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-enum { f32_VL = 16, f64_VL = 8 };
+enum { f32_VL = 16, f64_VL = 8, ACC_ROWS = 8 };
 typedef __m512 f32_vec;
 typedef __m512i f32_ivec;
 typedef __m512d f64_vec;
@@ -33,6 +33,7 @@ FSM_INLINE f32_vec f32_rint(f32_vec a) {
 }
 FSM_INLINE f32_vec f32_sub(f32_vec a, f32_vec b) { return _mm512_sub_ps(a, b); }
 FSM_INLINE f32_vec f32_mul(f32_vec a, f32_vec b) { return _mm512_mul_ps(a, b); }
+FSM_INLINE f32_vec f32_div(f32_vec a, f32_vec b) { return _mm512_div_ps(a, b); }
 FSM_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmadd_ps(a, b, c); }
 FSM_INLINE f32_vec f32_fms(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmsub_ps(a, b, c); }
 FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fnmadd_ps(a, b, c); }
@@ -41,6 +42,9 @@ FSM_INLINE f32_vec f32_abs(f32_vec a) { return _mm512_abs_ps(a); }
 FSM_INLINE f32_vec f32_exp2(f32_vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1), n); }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, k, _CMP_NEQ_UQ), b);
+}
+FSM_INLINE f32_vec f32_if_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
+    return _mm512_mask_mov_ps(d, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), c);
 }
 FSM_INLINE f32_vec f32_canon(f32_vec a) {
     return _mm512_mask_mov_ps(_mm512_set1_ps(NAN), _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a);
@@ -81,6 +85,7 @@ FSM_INLINE f64_vec f64_rint(f64_vec a) {
 }
 FSM_INLINE f64_vec f64_sub(f64_vec a, f64_vec b) { return _mm512_sub_pd(a, b); }
 FSM_INLINE f64_vec f64_mul(f64_vec a, f64_vec b) { return _mm512_mul_pd(a, b); }
+FSM_INLINE f64_vec f64_div(f64_vec a, f64_vec b) { return _mm512_div_pd(a, b); }
 FSM_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmadd_pd(a, b, c); }
 FSM_INLINE f64_vec f64_fms(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmsub_pd(a, b, c); }
 FSM_INLINE f64_vec f64_fnma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fnmadd_pd(a, b, c); }
@@ -89,6 +94,9 @@ FSM_INLINE f64_vec f64_abs(f64_vec a) { return _mm512_abs_pd(a); }
 FSM_INLINE f64_vec f64_exp2(f64_vec n) { return _mm512_scalef_pd(_mm512_set1_pd(1), n); }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, k, _CMP_NEQ_UQ), b);
+}
+FSM_INLINE f64_vec f64_if_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
+    return _mm512_mask_mov_pd(d, _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), c);
 }
 FSM_INLINE f64_vec f64_canon(f64_vec a) {
     return _mm512_mask_mov_pd(_mm512_set1_pd(NAN), _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a);

@@ -5,7 +5,7 @@
 
 #include "vec.h"
 
-enum { f32_VL = 1, f64_VL = 1 };
+enum { f32_VL = 1, f64_VL = 1, ACC_ROWS = 4 };
 typedef float f32_vec;
 typedef int32_t f32_ivec;
 typedef double f64_vec;
@@ -32,12 +32,14 @@ typedef int64_t f64_ivec;
     FSM_INLINE REAL T##_rint(REAL a) { return (a + MAGIC) - MAGIC; }              \
     FSM_INLINE REAL T##_sub(REAL a, REAL b) { return a - b; }                     \
     FSM_INLINE REAL T##_mul(REAL a, REAL b) { return a * b; }                     \
+    FSM_INLINE REAL T##_div(REAL a, REAL b) { return a / b; }                     \
     FSM_INLINE REAL T##_fma(REAL a, REAL b, REAL c) { return FMA(a, b, c); }      \
     FSM_INLINE REAL T##_fms(REAL a, REAL b, REAL c) { return FMA(a, b, -c); }     \
     FSM_INLINE REAL T##_fnma(REAL a, REAL b, REAL c) { return FMA(-a, b, c); }    \
     FSM_INLINE REAL T##_max(REAL a, REAL b) { return a > b ? a : b; }             \
     FSM_INLINE REAL T##_abs(REAL a) { return FABS(a); }                           \
     FSM_INLINE REAL T##_unless(REAL a, REAL k, REAL b) { return a != k ? b : 0; } \
+    FSM_INLINE REAL T##_if_less(REAL a, REAL b, REAL c, REAL d) { return a < b ? c : d; } \
     FSM_INLINE REAL T##_canon(REAL a) { return a == a ? a : NAN; }                \
     FSM_INLINE REAL T##_hmax(REAL a) { return a; }                                \
     FSM_INLINE REAL T##_hsum(REAL a) { return a; }                                \

@@ -1,0 +1,485 @@
+/* Attention of many queries, for FSM_TYPE. Lanes are queries: scores and outputs lie transposed,
+ * [key][row] and [column][row], so that maximum, exp and sum are vertical operations and one row
+ * never meets another.
+ *
+ * A group is GROUP rows, three vectors. For each block of KEYS keys, at multiples of KEYS,
+ *
+ *     S = K Q^T             a tile of ACC_ROWS keys x 3 vectors in registers, one fma after the
+ *                           other along the depth
+ *     z = score(S)          score.inc.h; in place
+ *     M' = max(M, max z);   a = 2^((M - M') c);   P = 2^((z - M') c), in place
+ *     l = l a + sum P;      O = O a + V^T P       the same tile, along the keys of the block
+ *
+ * and O / l at the end: an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022). Where nothing
+ * moved the maximum a is exactly 1, and a key that is not seen adds exactly 0 (but for the sign of a
+ * zero; zeros of the result are made positive), so the bits of a row do not depend on which blocks
+ * its neighbours made it visit.
+ *
+ * Error. P has 2 ulp, relative (difference, product with c, 2^t), and what the dot products
+ * bring, each D rounded operations. A sum over n keys goes through KEYS additions in its block and,
+ * in the worst case, 4 roundings (a, a l, +) in each of the n / KEYS blocks: all terms have one sign
+ * or are bounded by sums that have, so numerator and denominator are each off by at most
+ * KEYS + 4 n / KEYS + 8 units of 2^-24, relative to sum w |v|. c_K is twice that. */
+
+#define GROUP FSM_NAME(GROUP)
+#define group_state FSM_NAME(group_state)
+#define block_state FSM_NAME(block_state)
+#define unit_scratch FSM_NAME(unit_scratch)
+#define attend_bytes FSM_NAME(attend_bytes)
+#define attend_layout FSM_NAME(attend_layout)
+#define tile_product FSM_NAME(tile_product)
+#define group_scores FSM_NAME(group_scores)
+#define group_scores_n FSM_NAME(group_scores_n)
+#define group_values FSM_NAME(group_values)
+#define group_values_n FSM_NAME(group_values_n)
+#define group_rule FSM_NAME(group_rule)
+#define group_weights FSM_NAME(group_weights)
+#define group_begin FSM_NAME(group_begin)
+#define group_end FSM_NAME(group_end)
+#define group_block FSM_NAME(group_block)
+#define group_additive FSM_NAME(group_additive)
+#define add_poison FSM_NAME(add_poison)
+#define to_lanes FSM_NAME(to_lanes)
+#define from_lanes FSM_NAME(from_lanes)
+#define begin_block FSM_NAME(begin_block)
+#define store_weights FSM_NAME(store_weights)
+#define attend_unit FSM_NAME(attend_unit)
+#define KEYS FSM_ATTEND_KEYS
+
+enum { GROUP = 3 * VL };
+
+typedef struct {
+    int rows, vectors;
+    row_view view[GROUP];
+    ptrdiff_t lo_least, lo_most, hi_least, hi_most; /* of the rows */
+    real max[GROUP], sum[GROUP], slope[GROUP], alpha[GROUP];
+    real *q, *o; /* [depth][GROUP], [v_depth][GROUP] */
+} group_state;
+
+/* What the groups share at a block of keys. k and v are fetched when the first group needs them. */
+typedef struct {
+    ptrdiff_t first, n;
+    real *additive; /* along the keys, the same for all rows; or NULL */
+    int hides;      /* additive has a -inf */
+    rows_of k, v, clean; /* clean: v without poison, if it has any */
+    int poisoned;        /* -1: not looked yet */
+} block_state;
+
+typedef struct {
+    group_state *groups;
+    real *s, *additive, *along, *rows, *k, *v, *clean;
+} unit_scratch;
+
+/* Where everything lies in the scratch of a thread; returns its size in bytes. */
+static ptrdiff_t attend_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, unit_scratch *u) {
+    ptrdiff_t used = 0;
+    const ptrdiff_t widest = depth > v_depth ? depth : v_depth;
+#define TAKE(type, count)                                                                    \
+    (type *)(void *)(at + used);                                                             \
+    used += ((ptrdiff_t)sizeof(type) * (count) + FSM_ALIGN - 1) / FSM_ALIGN * FSM_ALIGN
+    u->groups = TAKE(group_state, FSM_ATTEND_GROUPS);
+    u->s = TAKE(real, KEYS * GROUP);
+    u->additive = TAKE(real, KEYS * GROUP);
+    u->along = TAKE(real, KEYS);
+    u->rows = TAKE(real, GROUP * (widest > KEYS ? widest : KEYS));
+    u->k = TAKE(real, KEYS * depth);
+    u->v = TAKE(real, KEYS * v_depth);
+    u->clean = TAKE(real, KEYS * v_depth);
+    for (int g = 0; g < FSM_ATTEND_GROUPS; g++) {
+        real *q = TAKE(real, depth * GROUP);
+        real *o = TAKE(real, v_depth * GROUP);
+        if (at) {
+            u->groups[g].q = q;
+            u->groups[g].o = o;
+        }
+    }
+#undef TAKE
+    return used;
+}
+
+static ptrdiff_t attend_bytes(ptrdiff_t depth, ptrdiff_t v_depth) {
+    unit_scratch u;
+    return attend_layout(NULL, depth, v_depth, &u);
+}
+
+/* ---- transposition: [row][n] <-> [n][GROUP] ---- */
+
+static void to_lanes(real *to, const real *rows, ptrdiff_t n) {
+    for (int g = 0; g < GROUP; g += VL)
+        for (ptrdiff_t i = 0; i < n; i += VL) {
+            const ptrdiff_t k = n - i < VL ? n - i : VL;
+            vec t[VL];
+            for (int l = 0; l < VL; l++)
+                t[l] = load_as(REAL_DTYPE, rows + (g + l) * n, i, k, v_set1(0));
+            v_transpose(t);
+            for (ptrdiff_t l = 0; l < k; l++) v_store(to + (i + l) * GROUP + g, t[l]);
+        }
+}
+
+static void from_lanes(real *rows, const real *from, ptrdiff_t n) {
+    for (int g = 0; g < GROUP; g += VL)
+        for (ptrdiff_t i = 0; i < n; i += VL) {
+            const ptrdiff_t k = n - i < VL ? n - i : VL;
+            vec t[VL];
+            for (ptrdiff_t l = 0; l < VL; l++)
+                t[l] = l < k ? v_load(from + (i + l) * GROUP + g) : v_set1(0);
+            v_transpose(t);
+            for (int l = 0; l < VL; l++) store_as(REAL_DTYPE, rows + (g + l) * n, i, k, t[l]);
+        }
+}
+
+/* ---- matrix products ---- */
+
+/* acc[i][v] = sum over t of a[i * row + t * step] * b[t][v]. All loops over i and v unroll. */
+FSM_INLINE void tile_product(int rows, int vectors, const real *a, ptrdiff_t row, ptrdiff_t step,
+                             const real *b, ptrdiff_t n, vec acc[ACC_ROWS][3]) {
+    FSM_UNROLL(8)
+    for (int i = 0; i < rows; i++)
+        FSM_UNROLL(3)
+        for (int v = 0; v < vectors; v++) acc[i][v] = v_set1(0);
+    for (ptrdiff_t t = 0; t < n; t++) {
+        vec lane[3];
+        FSM_UNROLL(3)
+        for (int v = 0; v < vectors; v++) lane[v] = v_load(b + t * GROUP + v * VL);
+        FSM_UNROLL(8)
+        for (int i = 0; i < rows; i++) {
+            const vec one = v_set1(a[i * row + t * step]);
+            FSM_UNROLL(3)
+            for (int v = 0; v < vectors; v++) acc[i][v] = v_fma(one, lane[v], acc[i][v]);
+        }
+    }
+}
+
+/* Calls TILE(rows) for tiles of ACC_ROWS, and of 4, 2 and 1 at the end. */
+#undef IN_TILES
+#define IN_TILES(i, n, TILE)                              \
+    for (; i + ACC_ROWS <= n; i += ACC_ROWS) TILE(ACC_ROWS); \
+    if (ACC_ROWS > 4 && n - i >= 4) {                     \
+        TILE(4);                                          \
+        i += 4;                                           \
+    }                                                     \
+    if (n - i >= 2) {                                     \
+        TILE(2);                                          \
+        i += 2;                                           \
+    }                                                     \
+    if (n - i >= 1) TILE(1)
+
+FSM_INLINE void group_scores_n(int vectors, real *s, const rows_of *k, ptrdiff_t keys, const real *q,
+                               ptrdiff_t depth) {
+    ptrdiff_t j = 0;
+#define TILE(ROWS)                                                                          \
+    {                                                                                       \
+        vec acc[ACC_ROWS][3];                                                               \
+        tile_product(ROWS, vectors, k->at + j * k->stride, k->stride, 1, q, depth, acc);    \
+        FSM_UNROLL(8)                                                                       \
+        for (int i = 0; i < ROWS; i++)                                                      \
+            FSM_UNROLL(3)                                                                   \
+            for (int v = 0; v < vectors; v++) v_store(s + (j + i) * GROUP + v * VL, acc[i][v]); \
+    }
+    IN_TILES(j, keys, TILE)
+#undef TILE
+}
+
+static void group_scores(int vectors, real *s, const rows_of *k, ptrdiff_t keys, const real *q,
+                         ptrdiff_t depth) {
+    if (vectors == 3) group_scores_n(3, s, k, keys, q, depth);
+    else if (vectors == 2) group_scores_n(2, s, k, keys, q, depth);
+    else group_scores_n(1, s, k, keys, q, depth);
+}
+
+FSM_INLINE void group_values_n(int vectors, real *o, const real *alpha, const rows_of *v_rows,
+                               ptrdiff_t keys, const real *p, ptrdiff_t v_depth) {
+    ptrdiff_t d = 0;
+#define TILE(ROWS)                                                                            \
+    {                                                                                         \
+        vec acc[ACC_ROWS][3];                                                                 \
+        tile_product(ROWS, vectors, v_rows->at + d, 1, v_rows->stride, p, keys, acc);         \
+        FSM_UNROLL(8)                                                                         \
+        for (int i = 0; i < ROWS; i++)                                                        \
+            FSM_UNROLL(3)                                                                     \
+            for (int v = 0; v < vectors; v++) {                                               \
+                real *at = o + (d + i) * GROUP + v * VL;                                      \
+                v_store(at, v_fma(v_load(at), v_load(alpha + v * VL), acc[i][v]));            \
+            }                                                                                 \
+    }
+    IN_TILES(d, v_depth, TILE)
+#undef TILE
+}
+
+static void group_values(int vectors, real *o, const real *alpha, const rows_of *v, ptrdiff_t keys,
+                         const real *p, ptrdiff_t v_depth) {
+    if (vectors == 3) group_values_n(3, o, alpha, v, keys, p, v_depth);
+    else if (vectors == 2) group_values_n(2, o, alpha, v, keys, p, v_depth);
+    else group_values_n(1, o, alpha, v, keys, p, v_depth);
+}
+
+/* ---- one group ---- */
+
+static void group_begin(const fsm_attend *a, const score_rule *rule, group_state *g, ptrdiff_t first,
+                        int rows, real *staging) {
+    g->rows = rows;
+    g->vectors = (rows + VL - 1) / VL;
+    g->lo_least = a->keys;
+    g->lo_most = 0;
+    g->hi_least = a->keys;
+    g->hi_most = -1;
+    for (int l = 0; l < GROUP; l++) {
+        g->max[l] = -INFINITY;
+        g->sum[l] = 0;
+        g->slope[l] = 0;
+        g->alpha[l] = 0;
+        real *row = staging + l * a->depth;
+        if (l >= rows) { /* not a row: sees all, so that it makes no block partial */
+            g->view[l] = (row_view){NULL, NULL, 0, 0, a->keys};
+            memset(row, 0, (size_t)a->depth * sizeof(real));
+            continue;
+        }
+        const ptrdiff_t head = (first + l) / a->queries, query = (first + l) % a->queries;
+        row_view *view = &g->view[l];
+        *view = view_of(a, first + l);
+        if (view->lo < g->lo_least) g->lo_least = view->lo;
+        if (view->lo > g->lo_most) g->lo_most = view->lo;
+        if (view->hi < g->hi_least) g->hi_least = view->hi;
+        if (view->hi > g->hi_most) g->hi_most = view->hi;
+        if (a->slopes.at) memcpy(&g->slope[l], element(&a->slopes, head, 0, 0), sizeof(real));
+        if (a->sinks.at) { /* as if a key with this score had been seen */
+            real sink;
+            memcpy(&sink, element(&a->sinks, head, 0, 0), sizeof sink);
+            if (sink > -INFINITY) g->max[l] = sink;
+            g->sum[l] = sink == -INFINITY ? 0 : sink - sink + 1; /* NaN for NaN and inf */
+        }
+        fetch_rows(row, element(&a->q, head, query, 0), 0, a->q.column, a->dtype, 1, a->depth);
+        for (ptrdiff_t d = 0; rule->negate && d < a->depth; d++) row[d] = -row[d];
+    }
+    to_lanes(g->q, staging, a->depth);
+    memset(g->o, 0, (size_t)(a->v_depth * GROUP) * sizeof(real));
+}
+
+/* The rows' bias and mask at a block, transposed. Returns 0 if no row sees any of it; *hides: some
+ * row does not see all. */
+static int group_additive(const fsm_attend *a, const group_state *g, const block_state *b,
+                          unit_scratch *u, int *hides) {
+    vec seen = v_set1(0), hidden = v_set1(0);
+    for (int l = 0; l < GROUP; l++) {
+        real *row = u->rows + l * b->n;
+        if (l < g->rows) load_additive(a, &g->view[l], b->first, b->n, row);
+        else memset(row, 0, (size_t)b->n * sizeof(real));
+    }
+    for (ptrdiff_t i = 0; i < b->n * g->rows; i += VL) {
+        const ptrdiff_t k = b->n * g->rows - i < VL ? b->n * g->rows - i : VL;
+        const vec x = load_as(REAL_DTYPE, u->rows, i, k, v_set1(u->rows[0]));
+        seen = v_max(seen, v_if_less(x, v_set1(LEAST), v_set1(0), v_set1(1)));
+        hidden = v_max(hidden, v_if_less(x, v_set1(LEAST), v_set1(1), v_set1(0)));
+    }
+    to_lanes(u->additive, u->rows, b->n);
+    *hides = v_hmax(hidden) > 0;
+    return v_hmax(seen) > 0;
+}
+
+/* Dot products into scores, in place, -inf where a key is not seen. additive: [key][row], or NULL,
+ * and then that of the block. Gathers the largest of each row. */
+static void group_rule(const score_rule *rule, const group_state *g, const block_state *b, real *s,
+                       const real *additive, int ranged, int biased, vec top[3]) {
+    vec lo[3], hi[3], slope[3], position[3];
+    for (int v = 0; v < g->vectors; v++) {
+        real low[VL], high[VL], at[VL];
+        for (int l = 0; l < VL; l++) { /* relative to the block: small, so exact */
+            const row_view *view = &g->view[v * VL + l];
+            const ptrdiff_t below = view->lo - b->first, above = view->hi - b->first;
+            low[l] = (real)(below < 0 ? 0 : below > b->n ? b->n : below);
+            high[l] = (real)(above < 0 ? -1 : above > b->n ? b->n : above);
+            at[l] = (real)(view->position - b->first);
+        }
+        lo[v] = v_load(low);
+        hi[v] = v_load(high);
+        position[v] = v_load(at);
+        slope[v] = v_load(g->slope + v * VL);
+        top[v] = v_set1(-INFINITY);
+    }
+    const vec least = v_set1(LEAST), none = v_set1(-INFINITY);
+    for (ptrdiff_t j = 0; j < b->n; j++) {
+        const vec key = v_set1((real)j), shared = v_set1(b->additive ? b->additive[j] : 0);
+        for (int v = 0; v < g->vectors; v++) {
+            real *at = s + j * GROUP + v * VL;
+            const vec add = additive ? v_load(additive + j * GROUP + v * VL) : shared;
+            vec x = v_load(at);
+            if (rule->natural)
+                x = rule_score(rule, x, biased ? add : v_set1(0), slope[v],
+                               v_abs(v_sub(position[v], key)));
+            x = v_if_less(add, least, none, x);
+            if (ranged) {
+                x = v_if_less(key, lo[v], none, x);
+                x = v_if_less(hi[v], key, none, x);
+            }
+            v_store(at, x);
+            top[v] = v_max(x, top[v]);
+        }
+    }
+}
+
+/* Scores into weights, in place; the state of the rows takes them in. */
+static void group_weights(const score_rule *rule, group_state *g, ptrdiff_t keys, real *s,
+                          const vec top[3]) {
+    const vec c = v_set1(rule->c);
+    for (int v = 0; v < g->vectors; v++) {
+        const vec before = v_load(g->max + v * VL), max = v_max(top[v], before);
+        /* -inf: nothing seen yet; any number does for what will be 0 */
+        const vec ref = v_if_less(max, v_set1(LEAST), v_set1(0), max);
+        const vec alpha = pow2(v_mul(v_sub(before, ref), c));
+        vec sum = v_set1(0);
+        FSM_UNROLL(4)
+        for (ptrdiff_t j = 0; j < keys; j++) {
+            real *at = s + j * GROUP + v * VL;
+            const vec p = pow2(v_mul(v_sub(v_load(at), ref), c));
+            v_store(at, p);
+            sum = v_add(sum, p);
+        }
+        v_store(g->max + v * VL, max);
+        v_store(g->alpha + v * VL, alpha);
+        v_store(g->sum + v * VL, v_fma(v_load(g->sum + v * VL), alpha, sum));
+    }
+}
+
+/* Values that are not finite, to the rows that do see them. */
+static void add_poison(const fsm_attend *a, group_state *g, const block_state *b, const real *p) {
+    for (ptrdiff_t j = 0; j < b->n; j++)
+        for (ptrdiff_t d = 0; d < a->v_depth; d++) {
+            const real value = b->v.at[j * b->v.stride + d];
+            if (value - value == 0) continue;
+            for (int l = 0; l < g->rows; l++)
+                if (sees(a, &g->view[l], b->first + j))
+                    g->o[d * GROUP + l] += p[j * GROUP + l] * value;
+        }
+}
+
+/* Scores of a block, and whether the group sees any of it. *partial: some row does not see all. */
+static int group_block(const fsm_attend *a, const score_rule *rule, group_state *g, block_state *b,
+                       unit_scratch *u, vec top[3], int *partial) {
+    const ptrdiff_t last = b->first + b->n - 1;
+    if (b->first > g->hi_most || last < g->lo_least) return 0;
+    const int ranged = b->first < g->lo_most || last > g->hi_least;
+    int hides = b->hides;
+    const int own = (a->mask.at || a->bias.at) && !b->additive;
+    if (own && !group_additive(a, g, b, u, &hides)) return 0;
+    if (!b->k.at) b->k = fetch(&a->k, a->dtype, b->first, b->n, a->depth, u->k);
+    group_scores(g->vectors, u->s, &b->k, b->n, g->q, a->depth);
+    if (rule->natural || hides || ranged)
+        group_rule(rule, g, b, u->s, own ? u->additive : NULL, ranged, a->bias.at != NULL, top);
+    else
+        for (int v = 0; v < g->vectors; v++) {
+            top[v] = v_set1(-INFINITY);
+            FSM_UNROLL(4)
+            for (ptrdiff_t j = 0; j < b->n; j++)
+                top[v] = v_max(v_load(u->s + j * GROUP + v * VL), top[v]);
+        }
+    *partial = hides || ranged;
+    return 1;
+}
+
+static void group_end(const fsm_attend *a, const score_rule *rule, group_state *g, ptrdiff_t first,
+                      real *staging) {
+    for (int l = 0; l < g->rows; l++) {
+        const ptrdiff_t head = (first + l) / a->queries, query = (first + l) % a->queries;
+        if (a->lse.at) {
+            const real lse = lse_of(rule, g->max[l], g->sum[l]);
+            memcpy(element(&a->lse, head, query, 0), &lse, sizeof lse);
+        }
+        if (g->sum[l] == 0) /* all that it sees is -inf, or nothing */
+            g->sum[l] = sees_any(a, &g->view[l]) ? (real)NAN : 1;
+    }
+    for (ptrdiff_t d = 0; d < a->v_depth; d++)
+        for (int v = 0; v < g->vectors; v++) {
+            real *at = g->o + d * GROUP + v * VL;
+            const vec mean = v_div(v_load(at), v_load(g->sum + v * VL));
+            v_store(at, v_canon(v_add(mean, v_set1(0)))); /* no -0 */
+        }
+    from_lanes(staging, g->o, a->v_depth);
+    for (int l = 0; l < g->rows; l++) {
+        const ptrdiff_t head = (first + l) / a->queries, query = (first + l) % a->queries;
+        store_run(element(&a->out, head, query, 0), a->out.column, a->dtype,
+                  staging + l * a->v_depth, a->v_depth);
+    }
+}
+
+/* ---- a unit: some groups, and all keys that they see ---- */
+
+static void begin_block(const fsm_attend *a, const row_view *any, block_state *b, ptrdiff_t first,
+                        ptrdiff_t end, unit_scratch *u) {
+    *b = (block_state){.first = first, .n = end - first < KEYS ? end - first : KEYS, .poisoned = -1};
+    /* The same for every row, as a padding mask is: read once. */
+    const int varies = (a->mask.at && (a->mask.row || (a->heads > 1 && a->mask.head))) ||
+                       (a->bias.at && (a->bias.row || (a->heads > 1 && a->bias.head)));
+    if (varies || !(a->mask.at || a->bias.at)) return;
+    b->additive = u->along;
+    load_additive(a, any, first, b->n, u->along);
+    for (ptrdiff_t j = 0; j < b->n; j++) b->hides += u->along[j] == -INFINITY;
+}
+
+/* Once the state of the rows is final: their weights, computed again, block by block. */
+static void store_weights(const fsm_attend *a, const score_rule *rule, group_state *g,
+                          ptrdiff_t begin, unit_scratch *u) {
+    for (ptrdiff_t first = 0; first < a->keys; first += KEYS) {
+        block_state b;
+        vec top[3];
+        int partial;
+        begin_block(a, &g->view[0], &b, first, a->keys, u);
+        if (group_block(a, rule, g, &b, u, top, &partial))
+            for (int v = 0; v < g->vectors; v++) {
+                const vec max = v_load(g->max + v * VL), sum = v_load(g->sum + v * VL);
+                const vec ref = v_if_less(max, v_set1(LEAST), v_set1(0), max);
+                for (ptrdiff_t j = 0; j < b.n; j++) {
+                    real *at = u->s + j * GROUP + v * VL;
+                    const vec p = pow2(v_mul(v_sub(v_load(at), ref), v_set1(rule->c)));
+                    v_store(at, v_div(p, sum));
+                }
+            }
+        else memset(u->s, 0, sizeof(real) * KEYS * GROUP);
+        from_lanes(u->rows, u->s, b.n);
+        for (int l = 0; l < g->rows; l++) {
+            real *row = u->rows + l * b.n;
+            if (g->sum[l] != g->sum[l])
+                for (ptrdiff_t j = 0; j < b.n; j++)
+                    row[j] = sees(a, &g->view[l], first + j) ? (real)NAN : 0;
+            store_run(element(&a->weights, (begin + l) / a->queries, (begin + l) % a->queries, first),
+                      a->weights.column, a->dtype, row, b.n);
+        }
+    }
+}
+
+static void attend_unit(const fsm_attend *a) {
+    unit_scratch u;
+    attend_layout(a->scratch, a->depth, a->v_depth, &u);
+    const score_rule rule = make_rule(a);
+    ptrdiff_t from = a->keys, to = 0; /* the keys that some row sees */
+    int groups = 0;
+    for (ptrdiff_t r = a->begin; r < a->end; r += GROUP, groups++) {
+        group_state *g = &u.groups[groups];
+        group_begin(a, &rule, g, r, (int)(a->end - r < GROUP ? a->end - r : GROUP), u.rows);
+        if (g->lo_least < from) from = g->lo_least;
+        if (g->hi_most + 1 > to) to = g->hi_most + 1;
+    }
+    for (ptrdiff_t first = from / KEYS * KEYS; first < to; first += KEYS) {
+        block_state b;
+        begin_block(a, &u.groups[0].view[0], &b, first, to, &u);
+        if (b.hides == b.n) continue;
+        for (int i = 0; i < groups; i++) {
+            group_state *g = &u.groups[i];
+            vec top[3];
+            int partial;
+            if (!group_block(a, &rule, g, &b, &u, top, &partial)) continue;
+            group_weights(&rule, g, b.n, u.s, top);
+            if (!b.v.at) b.v = fetch(&a->v, a->dtype, first, b.n, a->v_depth, u.v);
+            if (partial && b.poisoned < 0) {
+                b.poisoned = !all_finite(b.v, b.n, a->v_depth);
+                if (b.poisoned) b.clean = without_poison(b.v, b.n, a->v_depth, u.clean);
+            }
+            const int clean = partial && b.poisoned;
+            group_values(g->vectors, g->o, g->alpha, clean ? &b.clean : &b.v, b.n, u.s, a->v_depth);
+            if (clean) add_poison(a, g, &b, u.s);
+        }
+    }
+    for (int i = 0; i < groups; i++) {
+        group_end(a, &rule, &u.groups[i], a->begin + i * GROUP, u.rows);
+        if (a->weights.at) store_weights(a, &rule, &u.groups[i], a->begin + i * GROUP, &u);
+    }
+}
