@@ -4,9 +4,9 @@
 Parameters mean what they mean in the public functions. In addition ``precise`` names the type in
 which the oracle calculates and returns: float64 tells how far a float32 result is off, longdouble
 (where it is wider) a float64 one. Nothing is rounded to the result's type; ``dtype`` only takes
-part in the choice of the compute type. `ulp_error` compares.
+part in the choice of the compute type. `ulp_error` and `attention_bound` compare.
 
-The one rounding that belongs to the definition is that of the logits. With ``r = 1/temperature``,
+The one rounding that belongs to softmax and its kin is that of the logits. With r = 1/temperature,
 
     z = fma(x, r, bias)        rounded once, to the compute type: float32 or float64
 
@@ -27,9 +27,12 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 __all__ = [
+    "attention",
+    "attention_bound",
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",
+    "merge_attention",
     "softmax",
     "softmax_backward",
     "softmin",
@@ -43,6 +46,9 @@ _FORMATS = {
     "float32": (24, -126),
     "float64": (53, -1022),
 }
+
+# Attention adds up so many keys before it combines what it has with the next so many.
+_KEY_BLOCK = 64
 
 
 def _quiet(function):
@@ -184,6 +190,83 @@ def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, precise=np.fl
 
 
 @_quiet
+def attention(q, k, v, /, *, return_lse=False, return_weights=False, **options):
+    """``sum(weights * v)`` over the keys that a query sees, where weights is softmax of the scores.
+
+    Bias, sinks and slopes are rounded to the compute type first; nothing else is rounded.
+
+    A query that sees nothing gives 0, and -inf or its sink as the lse. One that sees a score of NaN
+    or +inf, or scores of -inf only and has no sink, or has a sink of NaN or +inf, gives NaN: also
+    as the weights of the keys that it sees. The keys and values that it does not see have no part
+    in anything.
+
+    >>> k, v = np.array([[0.0], [np.log(3)], [np.nan]]), np.array([[1.0], [5.0], [np.nan]])
+    >>> attention(np.ones((3, 1)), k, v, is_causal=True).round(12)
+    array([[ 1.],
+           [ 4.],
+           [nan]])
+    >>> attention([[1.0]], k, v, kv_lengths=2, sinks=[np.log(4)]).round(12)
+    array([[2.]])
+    >>> attention([[1.0]], k, v, mask=[False, False, False], return_lse=True, return_weights=True)
+    (array([[0.]]), array([-inf]), array([[0., 0., 0.]]))
+    """
+    a = _Attention(q, k, v, **options)
+    weights, lse = _weigh(sum(a.terms), a.visible, a.sinks)
+    return a.results(_mix(weights, a.visible, a.v), lse, weights, return_lse, return_weights)
+
+
+@_quiet
+def merge_attention(out_a, lse_a, out_b, lse_b, /, *, precise=np.float64):
+    """Attention over two sets of keys from the results for each.
+
+    That is attention over two keys whose scores are the lse. One of -inf is not seen.
+
+    >>> merge_attention([[1.0]], [0.0], [[5.0]], [np.log(3)])
+    (array([[4.]]), array([1.38629436]))
+    >>> merge_attention([[1.0]], [0.5], [[np.nan]], [-np.inf])
+    (array([[1.]]), array([0.5]))
+    """
+    out_a, out_b = _array(out_a, "out_a"), _array(out_b, "out_b")
+    lse_a, lse_b = _array(lse_a, "lse_a"), _array(lse_b, "lse_b")
+    shapes = [x.shape for x in (out_a, lse_a, out_b, lse_b)]
+    if shapes[:2] != shapes[2:] or lse_a.shape != out_a.shape[:-1]:
+        raise ValueError(f"shapes of out_a, lse_a, out_b and lse_b do not match: {shapes}")
+    v = np.stack([x.astype(_compute_type(x.dtype)) for x in (out_a, out_b)], -2).astype(precise)
+    scores = np.stack([lse_a, lse_b], -1).astype(precise)
+    visible = scores != -np.inf
+    weights, lse = _weigh(scores, visible)
+    return _mix(weights[..., None, :], visible[..., None, :], v)[..., 0, :], lse[()]
+
+
+@_quiet
+def attention_bound(q, k, v, /, *, return_lse=False, return_weights=False, **options):
+    """How far `attention` may be off in the compute type: for each element of what it returns.
+
+    For out that is
+
+        u * (2 * D * |scale| * max(sum(|q * k|)) + c + 2 * max(|other terms|)) * sum(weights * |v|)
+
+    where u is 2^-24 (float64: 2^-53), c counts the steps of a sum over blocks of keys, and the
+    other terms of a score are bias, alibi, what softcap made of q.k, and the sink. A key that has
+    no weight has no part in their maximum: a bias of -1e9 is no reason to be off. For weights:
+    without v. For the lse: ``u * (the same brackets + 4 * max(1, |lse|))``.
+    """
+    a = _Attention(q, k, v, **options)
+    weights, lse = _weigh(sum(a.terms), a.visible, a.sinks)
+    dots = abs(a.scale) * (abs(a.q) @ abs(a.k).swapaxes(-1, -2))
+    dots = np.where(a.visible & np.isfinite(dots), dots, 0)
+    others = sum(map(abs, a.terms if a.softcap else a.terms[1:]), np.zeros_like(dots))
+    others = np.where(weights > 0, others, 0)
+    sinks = np.where(np.exp(a.sinks - lse[..., None]) > 0, abs(a.sinks), 0)
+    steps = 2 * (_KEY_BLOCK + 4 * math.ceil(a.k.shape[-2] / _KEY_BLOCK)) + 16
+    dots, others = (np.max(x, -1, keepdims=True, initial=0) for x in (dots, others))
+    errors = a.unit * (2 * a.q.shape[-1] * dots + steps + 2 * np.maximum(others, sinks))
+    lse = errors[..., 0] + a.unit * 4 * np.maximum(1, abs(lse))
+    out = errors * _mix(weights, a.visible, abs(a.v))
+    return a.results(out, lse, errors * weights, return_lse, return_weights)
+
+
+@_quiet
 def ulp_error(got, true, dtype=None):
     """``|got - true|`` in units of the last place that dtype (got's) has at the true value.
 
@@ -257,11 +340,11 @@ def _array(a, name):
     return a
 
 
-def _broadcast(a, shape, name):
+def _broadcast(a, shape, name, to="x"):
     try:
         return np.broadcast_to(a, shape)
     except ValueError:
-        message = f"{name} of shape {a.shape} does not broadcast to x of shape {shape}"
+        message = f"{name} of shape {a.shape} does not broadcast to {to} of shape {shape}"
         raise ValueError(message) from None
 
 
@@ -293,6 +376,121 @@ def _reciprocal(temperature, shape, axes, compute):
     if any(t.shape[a - len(shape)] != 1 for a in axes if len(shape) - a <= t.ndim):
         raise ValueError(f"temperature must have length 1 along axis, got shape {t.shape}")
     return r
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+class _Attention:
+    """The arguments of attention, made numbers of type ``precise``, and what follows at once.
+
+    k and v have as many heads as q. The ``terms`` add up to the scores; the first is q.k, scaled
+    and capped. ``visible`` has the shape of the scores, ``shape`` is how the caller sees it.
+    """
+
+    def __init__(
+        self, q, k, v, *, mask=None, bias=None, is_causal=False, q_offset=0, kv_lengths=None,
+        window=None, scale=None, softcap=None, sinks=None, alibi_slopes=None, precise=np.float64,
+    ):  # fmt: skip
+        q, k, v, compute, lead, self.shape = _attention_arrays(q, k, v)
+
+        def numbers(x, *name_and_shape):
+            return _option(x, *name_and_shape, "fiuV").astype(compute).astype(precise)
+
+        def integers(x, name):
+            return _option(x, name, lead, "iu").astype(np.int64)[..., None, None, None]
+
+        self.q, self.k, self.v = (x.astype(compute).astype(precise) for x in (q, k, v))
+        self.unit = 2.0**-24 if compute is np.float32 else 2.0**-53
+        heads, queries, keys = *q.shape[-3:-1], k.shape[-2]
+        j = np.arange(keys)
+        p = np.clip(integers(q_offset, "q_offset"), -(2**61), 2**61) + np.arange(queries)[:, None]
+
+        self.scale = precise(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        self.softcap = softcap and precise(softcap)
+        dots = self.scale * (self.q @ self.k.swapaxes(-1, -2))
+        self.terms = [self.softcap * np.tanh(dots / self.softcap) if softcap else dots]
+        if bias is not None:
+            self.terms.append(numbers(bias, "bias", self.shape))
+        if alibi_slopes is not None:
+            slopes = numbers(alibi_slopes, "alibi_slopes", (heads,))[:, None, None]
+            self.terms.append(-slopes * abs(p - j).astype(precise))
+        sinks = [-np.inf] * heads if sinks is None else sinks
+        self.sinks = numbers(sinks, "sinks", (heads,))[:, None, None]
+
+        self.visible = np.ones((*lead, heads, queries, keys), bool)
+        left, right = window or (None, None)
+        if is_causal:
+            self.visible &= j <= p
+        if left is not None:
+            self.visible &= p - j <= left
+        if right is not None:
+            self.visible &= j - p <= right
+        if kv_lengths is not None:
+            self.visible &= j < integers(kv_lengths, "kv_lengths")
+        if mask is not None:
+            self.visible &= _option(mask, "mask", self.shape, "b")
+        if bias is not None:
+            self.visible &= self.terms[1] != -np.inf
+
+    def results(self, out, lse, weights, return_lse, return_weights):
+        """Return out, or the tuple of what is asked for; without the dimension of a lone head."""
+        results = [out.reshape(*self.shape[:-1], out.shape[-1])]
+        if return_lse:
+            results.append(lse.reshape(self.shape[:-1]))
+        if return_weights:
+            results.append(weights.reshape(self.shape))
+        return tuple(results) if len(results) > 1 else results[0]
+
+
+def _attention_arrays(q, k, v):
+    """Return q, k, v with a dimension of as many heads; compute type; lead; shape of weights."""
+    q, k, v = map(_array, (q, k, v), "qkv")
+    if not q.dtype.name == k.dtype.name == v.dtype.name or q.dtype.name not in _FORMATS:
+        types = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        raise TypeError(f"q, k and v must have the same floating-point type, got {types}")
+    if min(q.ndim, k.ndim, v.ndim) < 2:
+        raise ValueError(f"q, k and v need 2 dimensions, got {q.ndim}, {k.ndim} and {v.ndim}")
+    one_head = q.ndim == k.ndim == v.ndim == 2
+    q, k, v = (x[None] if x.ndim == 2 else x for x in (q, k, v))
+    (heads, queries, depth), (kv_heads, keys) = q.shape[-3:], v.shape[-3:-1]
+    if k.shape[-3:] != (kv_heads, keys, depth) or not depth or not kv_heads or heads % kv_heads:
+        raise ValueError(f"q, k and v do not match: shapes {q.shape}, {k.shape} and {v.shape}")
+    k, v = (np.repeat(x, heads // kv_heads, axis=-3) for x in (k, v))
+    lead = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    shape = (queries, keys) if one_head else (*lead, heads, queries, keys)
+    return q, k, v, _compute_type(q.dtype), lead, shape
+
+
+def _option(x, name, shape, kinds):
+    """Return x, an array of one of the kinds, broadcast to shape. A bfloat16 is of the kind V."""
+    x = _array(x, name)
+    if x.dtype.kind not in kinds:
+        instead = {"mask": ": pass bias=", "bias": ": pass mask="}.get(name, "")
+        raise TypeError(f"{name} must not be {x.dtype}{instead}")
+    return _broadcast(x, shape, name, "the scores or their heads")
+
+
+def _weigh(scores, visible, sinks=-np.inf):
+    """Return softmax over the last axis of what is visible and a sink; log of its denominator."""
+    scores = np.where(visible, scores, scores.dtype.type(-np.inf))
+    sinks = np.broadcast_to(sinks, (*scores.shape[:-1], 1)).astype(scores.dtype)
+    axes = (scores.ndim - 1,)
+    m, d, e = _from_max(np.concatenate([scores, sinks], -1), axes)
+    weights = np.where(np.isfinite(m), e / _sum(e, axes), np.nan)[..., :-1]
+    lse = np.where(np.isfinite(m), m + _log_of_sum(d, e, axes), m)[..., 0]
+    return np.where(visible, weights, scores.dtype.type(0)), lse
+
+
+def _mix(weights, visible, v):
+    """Return ``weights @ v``, but 0 times a NaN or infinity that is not visible is 0."""
+    finite = np.isfinite(v)
+    out = weights @ np.where(finite, v, 0)
+    special = np.where(finite, 0, v)
+    for j in np.flatnonzero(~finite.all((*range(v.ndim - 2), v.ndim - 1))):
+        terms = weights[..., j, None] * special[..., j, None, :]
+        out = out + np.where(visible[..., j, None], terms, 0)
+    return out + 0  # not -0
 
 
 # --- sums of exponentials -------------------------------------------------------------------------
