@@ -87,9 +87,15 @@ class BuildExt(build_ext):
 
 core = Extension(
     "fastsoftmax._core",
-    ["fastsoftmax/_core.pyx", "src_c/dispatch.c", "src_c/parallel.c", "src_c/softmax.c"],
+    [
+        "fastsoftmax/_core.pyx",
+        "src_c/attention.c",
+        "src_c/dispatch.c",
+        "src_c/parallel.c",
+        "src_c/softmax.c",
+    ],
     include_dirs=["src_c", numpy.get_include()],
-    depends=["setup.py", *glob("src_c/*.[ch]"), *glob("fastsoftmax/*.p[xy][xd]")],
+    depends=["setup.py", *glob("src_c/*.[ch]"), *glob("fastsoftmax/*.px[di]")],
 )
 directives = {"language_level": 3, "binding": True, "embedsignature": True}
 setup(

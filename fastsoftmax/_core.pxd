@@ -50,6 +50,45 @@ cdef extern from "fastsoftmax.h" nogil:
                            ptrdiff_t rows, ptrdiff_t n)
     int fsm_is_small(ptrdiff_t elements)
 
+    ctypedef enum fsm_attention_operand:
+        FSM_ATTN_Q, FSM_ATTN_K, FSM_ATTN_V, FSM_ATTN_MASK, FSM_ATTN_BIAS, FSM_ATTN_OFFSET
+        FSM_ATTN_LENGTHS, FSM_ATTN_SINKS, FSM_ATTN_SLOPES, FSM_ATTN_OUT, FSM_ATTN_LSE
+        FSM_ATTN_WEIGHTS
+
+    ctypedef struct fsm_attention:
+        fsm_dtype compute
+        int ndim
+        int threads
+        const fsm_isa *isa
+        ptrdiff_t *shape
+        ptrdiff_t heads, kv_heads, queries, keys, depth, v_depth
+        fsm_array *operand
+        double scale, softcap
+        int causal
+        ptrdiff_t left, right
+
+    ctypedef struct fsm_attention_plan:
+        pass
+
+    fsm_status fsm_attention_new(fsm_attention_plan **plan, const fsm_attention *problem)
+    fsm_status fsm_attention_run(fsm_attention_plan *plan)
+    void fsm_attention_free(fsm_attention_plan *plan)
+
+    ctypedef enum fsm_merge_operand:
+        FSM_MERGE_OUT_A, FSM_MERGE_LSE_A, FSM_MERGE_OUT_B, FSM_MERGE_LSE_B
+        FSM_MERGE_OUT, FSM_MERGE_LSE
+
+    ctypedef struct fsm_merge:
+        fsm_dtype compute
+        int ndim
+        int threads
+        const fsm_isa *isa
+        ptrdiff_t *shape
+        ptrdiff_t columns
+        fsm_array *operand
+
+    void fsm_merge_attention(const fsm_merge *problem)
+
     const fsm_isa *fsm_isa_at(int i)
     const char *fsm_isa_name(const fsm_isa *isa)
     void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x, ptrdiff_t n)

@@ -1,11 +1,12 @@
 from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, SupportsFloat, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 _Out = TypeVar("_Out", bound=NDArray[Any])
 _Axis = int | tuple[int, ...] | None
+_Window = tuple[int | None, int | None] | list[int | None]
 
 # Without `out` the result is an array, or a NumPy scalar if x is 0-d.
 
@@ -160,6 +161,118 @@ def log_softmax_backward(
     temperature: ArrayLike | None = None,
     out: _Out,
 ) -> _Out: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    /,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: ArrayLike = 0,
+    kv_lengths: ArrayLike | None = None,
+    window: _Window | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    out: None = None,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+) -> NDArray[Any]: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    /,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: ArrayLike = 0,
+    kv_lengths: ArrayLike | None = None,
+    window: _Window | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    out: _Out,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+) -> _Out: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    /,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: ArrayLike = 0,
+    kv_lengths: ArrayLike | None = None,
+    window: _Window | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    return_lse: Literal[True],
+    return_weights: Literal[False] = False,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    /,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: ArrayLike = 0,
+    kv_lengths: ArrayLike | None = None,
+    window: _Window | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[True],
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    /,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: ArrayLike = 0,
+    kv_lengths: ArrayLike | None = None,
+    window: _Window | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    return_lse: Literal[True],
+    return_weights: Literal[True],
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+def merge_attention(
+    out_a: ArrayLike,
+    lse_a: ArrayLike,
+    out_b: ArrayLike,
+    lse_b: ArrayLike,
+    /,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
 def set_num_threads(n: int) -> None: ...
 def get_num_threads() -> int: ...
 def num_threads(n: int) -> AbstractContextManager[None]: ...

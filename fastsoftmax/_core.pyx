@@ -1,8 +1,9 @@
 """The binding: check arguments -> describe the problem -> allocate -> call C -> raise.
 
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
-to C (fastsoftmax.h) is a set of arrays with strides, all of the shape of x, and the exact types in
-which to compute and to store.
+to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
+which to compute and to store. This file has the softmax family and the settings, _attention.pxi the
+attention functions.
 """
 
 import os
@@ -58,10 +59,11 @@ cdef int _float_code(dtype, name) except -2:
     return code
 
 
-cdef ndarray _as_array(value, name):
-    """An ndarray of native byte order, of a type that C knows."""
+cdef ndarray _as_array(value, name, mask="where"):
+    """An ndarray of native byte order, of a type that C knows. `mask` is the argument for masks."""
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must not be a MaskedArray; pass its data, and where=~mask")
+        hint = f", and {mask}=~mask" if mask else ""
+        raise TypeError(f"{name} must not be a MaskedArray; pass its data{hint}")
     array = np.asarray(value)
     if _code(array.dtype) < 0:
         raise TypeError(f"{name} has dtype {array.dtype}; supported are float16, bfloat16, "
@@ -71,31 +73,33 @@ cdef ndarray _as_array(value, name):
     return array
 
 
-cdef ndarray _as_floats(value, name, compute):
+cdef ndarray _as_floats(value, name, compute, mask="where"):
     """The same for a second input: integers become the compute type."""
-    array = _as_array(value, name)
+    array = _as_array(value, name, mask)
     if array.dtype.kind == "b":
-        raise TypeError(f"{name} must be real numbers, got bool; a mask goes into where=")
+        raise TypeError(f"{name} must be real numbers, got bool; a mask goes into {mask}=")
     if array.dtype.kind in "iu":
         array = array.astype(compute)
     return array
 
 
-cdef _broadcast(array, shape, name):
+cdef _broadcast(array, shape, name, target="the shape of x"):
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
-        raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to the shape "
-                         f"of x, {shape}") from None
+        raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to {target}, "
+                         f"{shape}") from None
 
 
-cdef _as_mask(where, shape):
-    if where is None:
-        return None
-    array = _as_array(where, "where")
+cdef _as_where(where, shape):
+    return None if where is None else _broadcast(_as_mask(where, "where"), shape, "where")
+
+
+cdef ndarray _as_mask(value, name, hint=""):
+    array = _as_array(value, name, name)
     if array.dtype.kind != "b":
-        raise TypeError(f"where must have dtype bool, got {array.dtype}")
-    return _broadcast(array, shape, "where")
+        raise TypeError(f"{name} must have dtype bool, got {array.dtype}{hint}")
+    return array
 
 
 # ---- the parts of a call ----
@@ -183,12 +187,15 @@ cdef bint _overlaps_itself(out):
 
 cdef _apart(array, out, bint in_place_ok):
     """array, or a copy of it if writing to out could change it before it is read. Element by
-    element in place needs none."""
+    element in place needs none. What is broadcast is copied once."""
     if array is None or out is None or not np.may_share_memory(array, out):
         return array
     same = (array.ctypes.data == out.ctypes.data and array.strides == out.strides
             and array.shape == out.shape and array.dtype == out.dtype)
-    return array if same and in_place_ok else array.copy()
+    if same and in_place_ok:
+        return array
+    once = array[tuple([slice(1) if stride == 0 else slice(None) for stride in array.strides])]
+    return np.broadcast_to(once.copy(), array.shape)
 
 
 cdef _reciprocal(temperature, shape, compute, fsm_problem *problem, bint negate):
@@ -213,17 +220,25 @@ cdef _reciprocal(temperature, shape, compute, fsm_problem *problem, bint negate)
     return _broadcast(r, shape, "temperature")
 
 
-cdef void _describe(fsm_problem *problem, fsm_operand which, array) noexcept:
-    """Enters an array of the problem's shape; None means that it is absent."""
+cdef void _enter(fsm_array *operand, array, int end) noexcept:
+    """Enters an array whose last dimension is number end - 1 of the operand's; dimensions that it
+    does not have are broadcast. None means that it is absent."""
     cdef ndarray a
-    cdef int d
+    cdef int d, missing
+    operand.data = NULL
     if array is None:
         return
     a = array
-    problem.operand[<int>which].data = <char *>PyArray_DATA(a)
-    problem.operand[<int>which].dtype = <fsm_dtype><int>_code(a.dtype)
-    for d in range(a.ndim):
-        problem.operand[<int>which].strides[d] = a.strides[d]
+    missing = end - a.ndim
+    operand.data = <char *>PyArray_DATA(a)
+    operand.dtype = <fsm_dtype><int>_code(a.dtype)
+    for d in range(end):
+        operand.strides[d] = a.strides[d - missing] if d >= missing else 0
+
+
+cdef void _describe(fsm_problem *problem, fsm_operand which, array) noexcept:
+    """Enters an array of the problem's shape."""
+    _enter(&problem.operand[<int>which], array, problem.ndim)
 
 
 cdef void _describe_reduced(fsm_problem *problem, fsm_operand which, array, bint keepdims) noexcept:
@@ -360,7 +375,7 @@ cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint
     problem.compute = <fsm_dtype><int>_code(compute)
     if bias is not None:
         bias = _broadcast(_as_floats(bias, "bias", compute), shape, "bias")
-    where = _as_mask(where, shape)
+    where = _as_where(where, shape)
     scale = _reciprocal(temperature, shape, compute, &problem, negate)
     if out is None:
         y = np.empty_like(a, result, subok=False)
@@ -587,7 +602,7 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
     problem.compute = <fsm_dtype><int>_code(compute)
     if b is not None:
         b = _broadcast(_as_floats(b, "b", compute), shape, "b")
-    where = _as_mask(where, shape)
+    where = _as_where(where, shape)
     reduced = tuple([1 if problem.reduced[d] else shape[d]
                      for d in range(a.ndim) if keep or not problem.reduced[d]])
     if out is None:
@@ -722,6 +737,9 @@ def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
     array([ 0.91  , -0.2447, -0.6652])
     """
     return _backward(FSM_LOG_SOFTMAX_BACKWARD, grad, y, axis, temperature, out)
+
+
+include "_attention.pxi"
 
 
 # ---- threads ----

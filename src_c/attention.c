@@ -64,9 +64,8 @@ static void cut_keys(fsm_attention_plan *p, double row_work) {
     const fsm_attention *a = &p->problem;
     p->chunk = least(p->share, FSM_DECODE_HEADS);
     p->chunks = (p->share + p->chunk - 1) / p->chunk;
-    p->part_keys =
-        most(PART_KEYS, up_to_multiple((a->keys + PARTS - 1) / PARTS, FSM_DECODE_KEYS));
-    p->parts = (a->keys + p->part_keys - 1) / p->part_keys;
+    p->part_keys = most(PART_KEYS, up_to_multiple((a->keys + PARTS - 1) / PARTS, FSM_DECODE_KEYS));
+    p->parts = most(1, (a->keys + p->part_keys - 1) / p->part_keys);
     p->part_size = p->kernels->decode_part(a->v_depth, p->chunk) * p->real_size;
     p->scratch_size = p->kernels->decode_scratch(a->depth, a->v_depth, p->chunk);
     p->units = p->places * p->chunks;
@@ -95,7 +94,7 @@ fsm_status fsm_attention_new(fsm_attention_plan **result, const fsm_attention *p
     p->decode = a->queries == 1;
     if (p->decode) cut_keys(p, row_work);
     else cut_queries(p, row_work);
-    const ptrdiff_t most_units = p->decode ? p->batch * most(p->parts, 1) : p->units;
+    const ptrdiff_t most_units = p->decode ? p->batch * p->parts : p->units;
     p->threads = (int)least(p->threads, most_units);
 
     p->scratch_size = up_to_multiple(p->scratch_size, FSM_ALIGN) + FSM_ALIGN;
@@ -248,7 +247,8 @@ static void merge_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
     for (ptrdiff_t r = begin; r < end; r++) {
         fsm_matrix row[FSM_MERGE_COUNT];
         for (int o = 0; o < FSM_MERGE_COUNT; o++) {
-            row[o] = (fsm_matrix){.at = m->operand[o].data, .column = m->operand[o].strides[m->ndim]};
+            row[o] =
+                (fsm_matrix){.at = m->operand[o].data, .column = m->operand[o].strides[m->ndim]};
             ptrdiff_t rest = r;
             for (int d = m->ndim - 1; d >= 0; rest /= m->shape[d], d--)
                 row[o].at += rest % m->shape[d] * m->operand[o].strides[d];

@@ -59,8 +59,8 @@ typedef struct {
 /* What the groups share at a block of keys. k and v are fetched when the first group needs them. */
 typedef struct {
     ptrdiff_t first, n;
-    real *additive; /* along the keys, the same for all rows; or NULL */
-    int hides;      /* additive has a -inf */
+    real *additive;      /* along the keys, the same for all rows; or NULL */
+    int hides;           /* additive has a -inf */
     rows_of k, v, clean; /* clean: v without poison, if it has any */
     int poisoned;        /* -1: not looked yet */
 } block_state;
@@ -74,8 +74,8 @@ typedef struct {
 static ptrdiff_t attend_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, unit_scratch *u) {
     ptrdiff_t used = 0;
     const ptrdiff_t widest = depth > v_depth ? depth : v_depth;
-#define TAKE(type, count)                                                                    \
-    (type *)(void *)(at + used);                                                             \
+#define TAKE(type, count)        \
+    (type *)(void *)(at + used); \
     used += ((ptrdiff_t)sizeof(type) * (count) + FSM_ALIGN - 1) / FSM_ALIGN * FSM_ALIGN
     u->groups = TAKE(group_state, FSM_ATTEND_GROUPS);
     u->s = TAKE(real, KEYS * GROUP);
@@ -134,9 +134,8 @@ static void from_lanes(real *rows, const real *from, ptrdiff_t n) {
 FSM_INLINE void tile_product(int rows, int vectors, const real *a, ptrdiff_t row, ptrdiff_t step,
                              const real *b, ptrdiff_t n, vec acc[ACC_ROWS][3]) {
     FSM_UNROLL(8)
-    for (int i = 0; i < rows; i++)
-        FSM_UNROLL(3)
-        for (int v = 0; v < vectors; v++) acc[i][v] = v_set1(0);
+    for (int i = 0; i < rows; i++) FSM_UNROLL(3)
+    for (int v = 0; v < vectors; v++) acc[i][v] = v_set1(0);
     for (ptrdiff_t t = 0; t < n; t++) {
         vec lane[3];
         FSM_UNROLL(3)
@@ -152,29 +151,28 @@ FSM_INLINE void tile_product(int rows, int vectors, const real *a, ptrdiff_t row
 
 /* Calls TILE(rows) for tiles of ACC_ROWS, and of 4, 2 and 1 at the end. */
 #undef IN_TILES
-#define IN_TILES(i, n, TILE)                              \
+#define IN_TILES(i, n, TILE)                                 \
     for (; i + ACC_ROWS <= n; i += ACC_ROWS) TILE(ACC_ROWS); \
-    if (ACC_ROWS > 4 && n - i >= 4) {                     \
-        TILE(4);                                          \
-        i += 4;                                           \
-    }                                                     \
-    if (n - i >= 2) {                                     \
-        TILE(2);                                          \
-        i += 2;                                           \
-    }                                                     \
+    if (ACC_ROWS > 4 && n - i >= 4) {                        \
+        TILE(4);                                             \
+        i += 4;                                              \
+    }                                                        \
+    if (n - i >= 2) {                                        \
+        TILE(2);                                             \
+        i += 2;                                              \
+    }                                                        \
     if (n - i >= 1) TILE(1)
 
-FSM_INLINE void group_scores_n(int vectors, real *s, const rows_of *k, ptrdiff_t keys, const real *q,
-                               ptrdiff_t depth) {
+FSM_INLINE void group_scores_n(int vectors, real *s, const rows_of *k, ptrdiff_t keys,
+                               const real *q, ptrdiff_t depth) {
     ptrdiff_t j = 0;
 #define TILE(ROWS)                                                                          \
     {                                                                                       \
         vec acc[ACC_ROWS][3];                                                               \
         tile_product(ROWS, vectors, k->at + j * k->stride, k->stride, 1, q, depth, acc);    \
         FSM_UNROLL(8)                                                                       \
-        for (int i = 0; i < ROWS; i++)                                                      \
-            FSM_UNROLL(3)                                                                   \
-            for (int v = 0; v < vectors; v++) v_store(s + (j + i) * GROUP + v * VL, acc[i][v]); \
+        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                        \
+        for (int v = 0; v < vectors; v++) v_store(s + (j + i) * GROUP + v * VL, acc[i][v]); \
     }
     IN_TILES(j, keys, TILE)
 #undef TILE
@@ -190,17 +188,16 @@ static void group_scores(int vectors, real *s, const rows_of *k, ptrdiff_t keys,
 FSM_INLINE void group_values_n(int vectors, real *o, const real *alpha, const rows_of *v_rows,
                                ptrdiff_t keys, const real *p, ptrdiff_t v_depth) {
     ptrdiff_t d = 0;
-#define TILE(ROWS)                                                                            \
-    {                                                                                         \
-        vec acc[ACC_ROWS][3];                                                                 \
-        tile_product(ROWS, vectors, v_rows->at + d, 1, v_rows->stride, p, keys, acc);         \
-        FSM_UNROLL(8)                                                                         \
-        for (int i = 0; i < ROWS; i++)                                                        \
-            FSM_UNROLL(3)                                                                     \
-            for (int v = 0; v < vectors; v++) {                                               \
-                real *at = o + (d + i) * GROUP + v * VL;                                      \
-                v_store(at, v_fma(v_load(at), v_load(alpha + v * VL), acc[i][v]));            \
-            }                                                                                 \
+#define TILE(ROWS)                                                                    \
+    {                                                                                 \
+        vec acc[ACC_ROWS][3];                                                         \
+        tile_product(ROWS, vectors, v_rows->at + d, 1, v_rows->stride, p, keys, acc); \
+        FSM_UNROLL(8)                                                                 \
+        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                  \
+        for (int v = 0; v < vectors; v++) {                                           \
+            real *at = o + (d + i) * GROUP + v * VL;                                  \
+            v_store(at, v_fma(v_load(at), v_load(alpha + v * VL), acc[i][v]));        \
+        }                                                                             \
     }
     IN_TILES(d, v_depth, TILE)
 #undef TILE
@@ -215,8 +212,8 @@ static void group_values(int vectors, real *o, const real *alpha, const rows_of 
 
 /* ---- one group ---- */
 
-static void group_begin(const fsm_attend *a, const score_rule *rule, group_state *g, ptrdiff_t first,
-                        int rows, real *staging) {
+static void group_begin(const fsm_attend *a, const score_rule *rule, group_state *g,
+                        ptrdiff_t first, int rows, real *staging) {
     g->rows = rows;
     g->vectors = (rows + VL - 1) / VL;
     g->lo_least = a->keys;
@@ -242,12 +239,9 @@ static void group_begin(const fsm_attend *a, const score_rule *rule, group_state
         if (view->hi < g->hi_least) g->hi_least = view->hi;
         if (view->hi > g->hi_most) g->hi_most = view->hi;
         if (a->slopes.at) memcpy(&g->slope[l], element(&a->slopes, head, 0, 0), sizeof(real));
-        if (a->sinks.at) { /* as if a key with this score had been seen */
-            real sink;
-            memcpy(&sink, element(&a->sinks, head, 0, 0), sizeof sink);
-            if (sink > -INFINITY) g->max[l] = sink;
-            g->sum[l] = sink == -INFINITY ? 0 : sink - sink + 1; /* NaN for NaN and inf */
-        }
+        const real sink = sink_of(a, head); /* as if a key with this score had been seen */
+        if (sink - sink == 0) g->max[l] = sink;
+        g->sum[l] = sink == -INFINITY ? 0 : sink - sink + 1; /* NaN for NaN and inf */
         fetch_rows(row, element(&a->q, head, query, 0), 0, a->q.column, a->dtype, 1, a->depth);
         for (ptrdiff_t d = 0; rule->negate && d < a->depth; d++) row[d] = -row[d];
     }
@@ -380,12 +374,8 @@ static void group_end(const fsm_attend *a, const score_rule *rule, group_state *
                       real *staging) {
     for (int l = 0; l < g->rows; l++) {
         const ptrdiff_t head = (first + l) / a->queries, query = (first + l) % a->queries;
-        if (a->lse.at) {
-            const real lse = lse_of(rule, g->max[l], g->sum[l]);
-            memcpy(element(&a->lse, head, query, 0), &lse, sizeof lse);
-        }
-        if (g->sum[l] == 0) /* all that it sees is -inf, or nothing */
-            g->sum[l] = sees_any(a, &g->view[l]) ? (real)NAN : 1;
+        const real lse = end_sum(a, rule, &g->view[l], head, g->max[l], &g->sum[l]);
+        if (a->lse.at) memcpy(element(&a->lse, head, query, 0), &lse, sizeof lse);
     }
     for (ptrdiff_t d = 0; d < a->v_depth; d++)
         for (int v = 0; v < g->vectors; v++) {
@@ -405,7 +395,8 @@ static void group_end(const fsm_attend *a, const score_rule *rule, group_state *
 
 static void begin_block(const fsm_attend *a, const row_view *any, block_state *b, ptrdiff_t first,
                         ptrdiff_t end, unit_scratch *u) {
-    *b = (block_state){.first = first, .n = end - first < KEYS ? end - first : KEYS, .poisoned = -1};
+    *b =
+        (block_state){.first = first, .n = end - first < KEYS ? end - first : KEYS, .poisoned = -1};
     /* The same for every row, as a padding mask is: read once. */
     const int varies = (a->mask.at && (a->mask.row || (a->heads > 1 && a->mask.head))) ||
                        (a->bias.at && (a->bias.row || (a->heads > 1 && a->bias.head)));
@@ -440,8 +431,9 @@ static void store_weights(const fsm_attend *a, const score_rule *rule, group_sta
             if (g->sum[l] != g->sum[l])
                 for (ptrdiff_t j = 0; j < b.n; j++)
                     row[j] = sees(a, &g->view[l], first + j) ? (real)NAN : 0;
-            store_run(element(&a->weights, (begin + l) / a->queries, (begin + l) % a->queries, first),
-                      a->weights.column, a->dtype, row, b.n);
+            store_run(
+                element(&a->weights, (begin + l) / a->queries, (begin + l) % a->queries, first),
+                a->weights.column, a->dtype, row, b.n);
         }
     }
 }

@@ -24,9 +24,9 @@ static const float f32_GRID_MAGIC =
 static const float f32_ULP2 = 0x1p-22f;    /* ulp(2) */
 static const float f32_EXP_BIG = 1024.0f;  /* above it x - m is exact where it matters */
 static const float f32_EXP_RANGE = 104.0f; /* exp(-104) < 2^-150: 0 */
-static const float f32_POW_LEAST = -160.0f; /* 2^-160 < 2^-150: 0 */
+static const float f32_POW_LEAST = -160.0f;      /* 2^-160 < 2^-150: 0 */
 static const float f32_LEAST = -0x1.fffffep127f; /* only -inf is less */
-static const float f32_WEIGHTED_RANGE = 300.0f; /* weights span 2^277 = exp(192): 104 + 192 */
+static const float f32_WEIGHTED_RANGE = 300.0f;  /* weights span 2^277 = exp(192): 104 + 192 */
 static const ptrdiff_t f32_EXACT_COARSE =
     1 << 17; /* elements that two levels of the sum are good for: 2^-45 * 2^17 = 2^-28 */
 
@@ -59,8 +59,8 @@ static const double f64_POW11 = 0x1.e81085efbc36p-32;
 static const double f64_GRID_MAGIC = 0x1.8p46;
 static const double f64_ULP2 = 0x1p-51;
 static const double f64_EXP_BIG = 8192.0;
-static const double f64_EXP_RANGE = 746.0;             /* exp(-746) < 2^-1075 */
-static const double f64_POW_LEAST = -1100.0;           /* 2^-1100 < 2^-1075 */
+static const double f64_EXP_RANGE = 746.0;   /* exp(-746) < 2^-1075 */
+static const double f64_POW_LEAST = -1100.0; /* 2^-1100 < 2^-1075 */
 static const double f64_LEAST = -0x1.fffffffffffffp1023;
 static const double f64_WEIGHTED_RANGE = 2200.0;       /* weights span 2^2098 = exp(1454) */
 static const ptrdiff_t f64_EXACT_COARSE = PTRDIFF_MAX; /* 2^-103 n is small for any n */

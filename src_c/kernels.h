@@ -116,6 +116,7 @@ enum {
     FSM_ATTEND_KEYS = 64,  /* keys of a block */
     FSM_ATTEND_GROUPS = 4, /* groups of rows that share the reading of a block, at the most */
     FSM_DECODE_KEYS = 128, /* keys of a block where there is one query */
+    FSM_DECODE_AHEAD = 32, /* keys between asking for one and reading it */
     FSM_DECODE_HEADS = 16  /* heads that share the reading of it, at the most */
 };
 

@@ -32,7 +32,8 @@
 #define all_finite FSM_NAME(all_finite)
 #define without_poison FSM_NAME(without_poison)
 #define LEAST FSM_NAME(LEAST)
-#define lse_of FSM_NAME(lse_of)
+#define sink_of FSM_NAME(sink_of)
+#define end_sum FSM_NAME(end_sum)
 
 /* ---- the score ---- */
 
@@ -49,7 +50,8 @@ static score_rule make_rule(const fsm_attend *a) {
     const double size = fabs(a->scale);
     const real c = (real)(size * f64_LOG2E);
     score_rule r = {.scale = (real)a->scale, .cap = (real)a->softcap};
-    r.natural = a->softcap != 0 || a->bias.at || a->slopes.at || a->sinks.at || c == 0 || c - c != 0;
+    r.natural =
+        a->softcap != 0 || a->bias.at || a->slopes.at || a->sinks.at || c == 0 || c - c != 0;
     r.negate = !r.natural && a->scale < 0;
     r.c = r.natural ? LOG2E : c;
     r.unit = r.natural ? 1 : size;
@@ -133,10 +135,21 @@ static void load_additive(const fsm_attend *a, const row_view *view, ptrdiff_t k
     load_run(to, &run, n);
 }
 
-/* The natural logarithm of a denominator: `sum` times exp of the maximum. */
-static real lse_of(const score_rule *r, real max, real sum) {
-    if (sum == 0) return -INFINITY;
-    return sum == sum ? (real)log_scaled(sum, 0, (double)max * r->unit) : (real)NAN;
+static real sink_of(const fsm_attend *a, ptrdiff_t head) {
+    real sink = -INFINITY;
+    if (a->sinks.at) memcpy(&sink, element(&a->sinks, head, 0, 0), sizeof sink);
+    return sink;
+}
+
+/* Returns the natural logarithm of a denominator, `sum` times exp of the maximum, and makes of
+ * *sum what to divide by: NaN if all that the row sees is -inf, 1 if it sees nothing. */
+static real end_sum(const fsm_attend *a, const score_rule *r, const row_view *view, ptrdiff_t head,
+                    real max, real *sum) {
+    if (*sum > 0) return (real)log_scaled(*sum, 0, (double)max * r->unit);
+    const real lse = *sum == 0 ? (real)-INFINITY : (real)NAN;
+    const int blind = !sees_any(a, view);
+    *sum = blind ? 1 : (real)NAN;
+    return blind ? sink_of(a, head) : lse;
 }
 
 /* ---- reading ---- */
@@ -150,9 +163,9 @@ static void fetch_rows(real *to, const char *from, ptrdiff_t row, ptrdiff_t colu
             load_run(to, &run, columns);
             continue;
         }
-#define COPY(DTYPE)                                         \
-    for (ptrdiff_t d = 0; d < columns; d += VL) {           \
-        const ptrdiff_t k = columns - d < VL ? columns - d : VL; \
+#define COPY(DTYPE)                                                            \
+    for (ptrdiff_t d = 0; d < columns; d += VL) {                              \
+        const ptrdiff_t k = columns - d < VL ? columns - d : VL;               \
         store_as(REAL_DTYPE, to, d, k, load_as(DTYPE, from, d, k, v_set1(0))); \
     }
         SWITCH_DTYPE(dtype, COPY);

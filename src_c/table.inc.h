@@ -37,11 +37,11 @@
         .store = store_run,                                                                        \
         .exp = exp_array,                                                                          \
         .attend_rows = GROUP,                                                                      \
-        .attend_scratch = attend_bytes  ,                                                          \
+        .attend_scratch = attend_bytes,                                                            \
         .attend = attend_unit,                                                                     \
-        .decode_scratch = decode_bytes  ,                                                          \
-        .decode_part = part_elements,                                                                \
+        .decode_scratch = decode_bytes,                                                            \
+        .decode_part = part_elements,                                                              \
         .decode = decode_run,                                                                      \
-        .decode_end = decode_finish,                                                                  \
+        .decode_end = decode_finish,                                                               \
         .merge_row = merge_one,                                                                    \
     }

@@ -36,8 +36,10 @@
 #if defined(__GNUC__)
 #define FSM_PRAGMA(text) _Pragma(#text)
 #define FSM_UNROLL(n) FSM_PRAGMA(GCC unroll n)
+#define FSM_PREFETCH(p) __builtin_prefetch(p, 0, 2) /* to read, into the second-level cache */
 #else
 #define FSM_UNROLL(n)
+#define FSM_PREFETCH(p) (void)(p)
 #endif
 
 #define FSM_PASTE_(a, b) a##_##b

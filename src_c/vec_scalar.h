@@ -13,51 +13,51 @@ typedef int64_t f64_ivec;
 
 /* Both types have the same thirty lines but for the type, its bits, and the name of fma. Sums of
  * integers wrap by design: unsigned. */
-#define FSM_SCALAR_OPS(T, REAL, INT, UINT, FMA, FABS, MAGIC)                      \
-    FSM_INLINE REAL T##_set1(REAL a) { return a; }                                \
-    FSM_INLINE REAL T##_load(const void *p) {                                     \
-        REAL a;                                                                   \
-        memcpy(&a, p, sizeof a);                                                  \
-        return a;                                                                 \
-    }                                                                             \
-    FSM_INLINE void T##_store(void *p, REAL a) { memcpy(p, &a, sizeof a); }       \
-    FSM_INLINE REAL T##_load_n(const void *p, ptrdiff_t n, REAL fill) {           \
-        return n ? T##_load(p) : fill;                                            \
-    }                                                                             \
-    FSM_INLINE void T##_store_n(void *p, REAL a, ptrdiff_t n) {                   \
-        if (n) T##_store(p, a);                                                   \
-    }                                                                             \
-    FSM_INLINE REAL T##_add(REAL a, REAL b) { return a + b; }                     \
-    FSM_INLINE REAL T##_add_m(REAL a, REAL b) { return a + b; }                   \
-    FSM_INLINE REAL T##_rint(REAL a) { return (a + MAGIC) - MAGIC; }              \
-    FSM_INLINE REAL T##_sub(REAL a, REAL b) { return a - b; }                     \
-    FSM_INLINE REAL T##_mul(REAL a, REAL b) { return a * b; }                     \
-    FSM_INLINE REAL T##_div(REAL a, REAL b) { return a / b; }                     \
-    FSM_INLINE REAL T##_fma(REAL a, REAL b, REAL c) { return FMA(a, b, c); }      \
-    FSM_INLINE REAL T##_fms(REAL a, REAL b, REAL c) { return FMA(a, b, -c); }     \
-    FSM_INLINE REAL T##_fnma(REAL a, REAL b, REAL c) { return FMA(-a, b, c); }    \
-    FSM_INLINE REAL T##_max(REAL a, REAL b) { return a > b ? a : b; }             \
-    FSM_INLINE REAL T##_abs(REAL a) { return FABS(a); }                           \
-    FSM_INLINE REAL T##_unless(REAL a, REAL k, REAL b) { return a != k ? b : 0; } \
+#define FSM_SCALAR_OPS(T, REAL, INT, UINT, FMA, FABS, MAGIC)                              \
+    FSM_INLINE REAL T##_set1(REAL a) { return a; }                                        \
+    FSM_INLINE REAL T##_load(const void *p) {                                             \
+        REAL a;                                                                           \
+        memcpy(&a, p, sizeof a);                                                          \
+        return a;                                                                         \
+    }                                                                                     \
+    FSM_INLINE void T##_store(void *p, REAL a) { memcpy(p, &a, sizeof a); }               \
+    FSM_INLINE REAL T##_load_n(const void *p, ptrdiff_t n, REAL fill) {                   \
+        return n ? T##_load(p) : fill;                                                    \
+    }                                                                                     \
+    FSM_INLINE void T##_store_n(void *p, REAL a, ptrdiff_t n) {                           \
+        if (n) T##_store(p, a);                                                           \
+    }                                                                                     \
+    FSM_INLINE REAL T##_add(REAL a, REAL b) { return a + b; }                             \
+    FSM_INLINE REAL T##_add_m(REAL a, REAL b) { return a + b; }                           \
+    FSM_INLINE REAL T##_rint(REAL a) { return (a + MAGIC) - MAGIC; }                      \
+    FSM_INLINE REAL T##_sub(REAL a, REAL b) { return a - b; }                             \
+    FSM_INLINE REAL T##_mul(REAL a, REAL b) { return a * b; }                             \
+    FSM_INLINE REAL T##_div(REAL a, REAL b) { return a / b; }                             \
+    FSM_INLINE REAL T##_fma(REAL a, REAL b, REAL c) { return FMA(a, b, c); }              \
+    FSM_INLINE REAL T##_fms(REAL a, REAL b, REAL c) { return FMA(a, b, -c); }             \
+    FSM_INLINE REAL T##_fnma(REAL a, REAL b, REAL c) { return FMA(-a, b, c); }            \
+    FSM_INLINE REAL T##_max(REAL a, REAL b) { return a > b ? a : b; }                     \
+    FSM_INLINE REAL T##_abs(REAL a) { return FABS(a); }                                   \
+    FSM_INLINE REAL T##_unless(REAL a, REAL k, REAL b) { return a != k ? b : 0; }         \
     FSM_INLINE REAL T##_if_less(REAL a, REAL b, REAL c, REAL d) { return a < b ? c : d; } \
-    FSM_INLINE REAL T##_canon(REAL a) { return a == a ? a : NAN; }                \
-    FSM_INLINE REAL T##_hmax(REAL a) { return a; }                                \
-    FSM_INLINE REAL T##_hsum(REAL a) { return a; }                                \
-    FSM_INLINE INT T##_bits(REAL a) {                                             \
-        INT i;                                                                    \
-        memcpy(&i, &a, sizeof i);                                                 \
-        return i;                                                                 \
-    }                                                                             \
-    FSM_INLINE REAL T##_from_bits(UINT u) {                                       \
-        REAL a;                                                                   \
-        memcpy(&a, &u, sizeof a);                                                 \
-        return a;                                                                 \
-    }                                                                             \
-    FSM_INLINE INT T##_set1_int(INT a) { return a; }                              \
-    FSM_INLINE INT T##_add_int(INT a, INT b) { return (INT)((UINT)a + (UINT)b); } \
-    FSM_INLINE INT T##_sub_int(INT a, INT b) { return (INT)((UINT)a - (UINT)b); } \
-    FSM_INLINE void T##_store_int(void *p, INT a) { memcpy(p, &a, sizeof a); }    \
-    FSM_INLINE int64_t T##_sum_int(INT a) { return a; }                           \
+    FSM_INLINE REAL T##_canon(REAL a) { return a == a ? a : NAN; }                        \
+    FSM_INLINE REAL T##_hmax(REAL a) { return a; }                                        \
+    FSM_INLINE REAL T##_hsum(REAL a) { return a; }                                        \
+    FSM_INLINE INT T##_bits(REAL a) {                                                     \
+        INT i;                                                                            \
+        memcpy(&i, &a, sizeof i);                                                         \
+        return i;                                                                         \
+    }                                                                                     \
+    FSM_INLINE REAL T##_from_bits(UINT u) {                                               \
+        REAL a;                                                                           \
+        memcpy(&a, &u, sizeof a);                                                         \
+        return a;                                                                         \
+    }                                                                                     \
+    FSM_INLINE INT T##_set1_int(INT a) { return a; }                                      \
+    FSM_INLINE INT T##_add_int(INT a, INT b) { return (INT)((UINT)a + (UINT)b); }         \
+    FSM_INLINE INT T##_sub_int(INT a, INT b) { return (INT)((UINT)a - (UINT)b); }         \
+    FSM_INLINE void T##_store_int(void *p, INT a) { memcpy(p, &a, sizeof a); }            \
+    FSM_INLINE int64_t T##_sum_int(INT a) { return a; }                                   \
     FSM_INLINE void T##_transpose(REAL r[1]) { (void)r; }
 
 FSM_SCALAR_OPS(f32, float, int32_t, uint32_t, fmaf, fabsf, 0x1.8p23f)

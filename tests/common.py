@@ -4,14 +4,16 @@ Fixtures (``isa``, ``record_max``, ``threads``) live in conftest.py.
 """
 
 import ctypes
+import functools
 import mmap
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import fastsoftmax as fs
-from fastsoftmax import _core
+from fastsoftmax import _core, reference
 
 # --- instruction sets and dtypes ------------------------------------------------------------------
 
@@ -41,6 +43,8 @@ PUBLIC = (
     "logsumexp",
     "softmax_backward",
     "log_softmax_backward",
+    "attention",
+    "merge_attention",
     "set_num_threads",
     "get_num_threads",
     "num_threads",
@@ -158,3 +162,188 @@ def normal(shape, dtype, scale=3.0, *key):
     """Gaussian logits of a dtype, the same in every run."""
     values = scale * rng("normal", np.shape(shape) or shape, scale, *key).standard_normal(shape)
     return values.astype(dtype)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+KEY_BLOCK = 64  # keys that the kernel takes at once
+QUERY_BLOCKS = (24, 48)  # and queries
+
+
+class Size(NamedTuple):
+    """The lengths of an attention problem."""
+
+    lead: tuple = (2,)
+    heads: int = 4
+    kv_heads: int = 2
+    queries: int = 53
+    keys: int = 70
+    depth: int = 9
+    v_depth: int = 5
+
+    @property
+    def scores(self):
+        return (*self.lead, self.heads, self.queries, self.keys)
+
+    def qkv(self, dtype, *key, scale=1.5):
+        """Gaussian q, k and v, the same in every run."""
+        shapes = (
+            (*self.lead, self.heads, self.queries, self.depth),
+            (*self.lead, self.kv_heads, self.keys, self.depth),
+            (*self.lead, self.kv_heads, self.keys, self.v_depth),
+        )
+        return [normal(s, dtype, scale, n, *key) for n, s in zip("qkv", shapes, strict=True)]
+
+
+def _random_bias(r, n):
+    return np.where(r.random(n.scores) < 0.3, -np.inf, r.normal(0, 2, n.scores))
+
+
+# Every option of attention in several forms: functions of a generator and a Size.
+ATTENTION_OPTIONS = {
+    "mask": {
+        "full": lambda r, n: r.random(n.scores) < 0.7,
+        "[.., 1, 1, K]": lambda r, n: r.random((*n.lead, 1, 1, n.keys)) < 0.7,
+        "[Q, K]": lambda r, n: r.random((n.queries, n.keys)) < 0.3,
+        "[H, Q, 1]": lambda r, n: r.random((n.heads, n.queries, 1)) < 0.7,
+    },
+    "bias": {
+        "full": lambda r, n: r.normal(0, 2, n.scores).astype(F32),
+        "-inf here and there": _random_bias,
+        "float16 [H, 1, K]": lambda r, n: r.normal(0, 2, (n.heads, 1, n.keys)).astype(F16),
+        "bfloat16 [Q, K]": lambda r, n: r.normal(0, 2, (n.queries, n.keys)).astype(BF16),
+        "int [K]": lambda r, n: r.integers(-3, 4, n.keys),
+    },
+    "is_causal": {"": lambda r, n: True},
+    "q_offset": {
+        "K - Q": lambda r, n: n.keys - n.queries,
+        "-7": lambda r, n: -7,
+        "array": lambda r, n: r.integers(-n.queries, n.keys + 1, n.lead),
+    },
+    "kv_lengths": {
+        "int": lambda r, n: n.keys * 2 // 3,
+        "array": lambda r, n: r.integers(0, n.keys + 1, n.lead),
+        "0": lambda r, n: 0,
+    },
+    "window": {
+        "both": lambda r, n: (n.keys // 4, 3),
+        "left": lambda r, n: (5, None),
+        "right": lambda r, n: [None, 2],
+        "itself": lambda r, n: (0, 0),
+        "open": lambda r, n: (None, None),
+    },
+    "scale": {
+        "0.3": lambda r, n: 0.3,
+        "negative": lambda r, n: np.float32(-0.2),
+        "0": lambda r, n: 0,
+    },
+    "softcap": {"2.5": lambda r, n: 2.5, "30": lambda r, n: 30},
+    "sinks": {
+        "normal": lambda r, n: r.normal(0, 2, n.heads).astype(F32),
+        "some -inf": lambda r, n: np.where(r.random(n.heads) < 0.5, -np.inf, r.normal(0, 2)),
+    },
+    "alibi_slopes": {
+        "powers": lambda r, n: 2.0 ** -np.arange(1, n.heads + 1),
+        "any sign": lambda r, n: r.normal(0, 0.1, n.heads).astype(F16),
+    },
+}  # fmt: skip
+
+
+def some_option(name, r, size):
+    """An option of attention, in a form drawn from those that it has."""
+    forms = list(ATTENTION_OPTIONS[name].values())
+    return forms[r.integers(len(forms))](r, size)
+
+
+def _with_heads(a):
+    return a if a.ndim > 2 else a[None]
+
+
+def _positions(n_queries, q_offset):
+    """[.., 1, Q, 1]: the position of each query."""
+    return np.arange(n_queries)[:, None] + np.asarray(q_offset)[..., None, None, None]
+
+
+def visible_keys(
+    q, k, v, *, mask=None, bias=None, is_causal=False, q_offset=0, kv_lengths=None, window=None, **_
+):
+    """Which keys each query may see, bool [.., H, Q, K] ([1, Q, K] for 2-D): the contract again."""
+    q, k, v = map(_with_heads, (q, k, v))
+    lead = np.broadcast_shapes(*(a.shape[:-3] for a in (q, k, v)))
+    j, p = np.arange(k.shape[-2]), _positions(q.shape[-2], q_offset)
+    seen = np.ones((*lead, *q.shape[-3:-1], k.shape[-2]), bool)
+    if mask is not None:
+        seen &= mask
+    if bias is not None:
+        with np.errstate(over="ignore"):
+            seen &= np.asarray(bias).astype(compute_type(q.dtype)) != -np.inf
+    if is_causal:
+        seen &= j <= p
+    if kv_lengths is not None:
+        seen &= j < np.asarray(kv_lengths)[..., None, None, None]
+    left, right = window or (None, None)
+    if left is not None:
+        seen &= j >= p - left
+    if right is not None:
+        seen &= j <= p + right
+    return seen
+
+
+class Attention:
+    """A call of attention, what is true of its results and how far from that they may be."""
+
+    def __init__(self, q, k, v, **options):
+        self.arrays, self.options, self.dtype = (q, k, v), options, q.dtype
+        asked = {**options, "return_lse": True, "return_weights": True}
+        precise = WIDE if q.dtype == F64 else np.float64
+        with np.errstate(all="ignore"):
+            self.true = reference.attention(q, k, v, **asked, precise=precise)
+            self.bounds = reference.attention_bound(q, k, v, **asked)
+
+    @functools.cached_property
+    def size(self):
+        """sum_j w_j |v_j|, which errors of out are measured by."""
+        q, k, v = self.arrays
+        with np.errstate(all="ignore"):
+            return reference.attention(q, k, np.abs(v), **self.options)
+
+    def check(self, record_max, name, what="", results=None, slack=None):
+        """Run the call, or take its (out, lse, weights), and compare with what is true.
+
+        Halves may be off by an ulp of theirs more, and everything by what a sum of subnormal
+        numbers loses. ``slack`` gives the bounds more room.
+        """
+        if results is None:
+            results = fs.attention(
+                *self.arrays, **self.options, return_lse=True, return_weights=True
+            )
+        inner = compute_type(self.dtype)
+        v = np.abs(self.arrays[2].astype(F64))
+        tiny = SMALLEST_SUBNORMAL[inner] * (1 + v[np.isfinite(v)].sum())
+        dtypes = self.dtype, inner, self.dtype
+        named = zip(("out", "lse", "weights"), results, self.true, self.bounds, dtypes, strict=True)
+        for result, got, true, bound, dtype in named:
+            if got is None:
+                continue
+            assert type(got) is np.ndarray and got.dtype == dtype, (what, result, got.dtype)
+            assert got.shape == true.shape, (what, result, got.shape)
+            allowed = bound + tiny + (one_ulp(true, dtype) if dtype in HALVES else 0)
+            if slack is not None:
+                allowed = allowed + slack[result]
+            errors = relative_to(allowed, got, true)
+            record_max(f"{name}, {result} {self.dtype.name}", errors, 1.0, what, "of the bound")
+
+
+def one_ulp(true, dtype):
+    """One unit in the last place that dtype has at `true`."""
+    smallest_normal = SMALLEST_SUBNORMAL[dtype] / EPSILON[dtype]
+    _, exponent = np.frexp(np.maximum(np.abs(true), smallest_normal))
+    return EPSILON[dtype] * np.ldexp(1.0, exponent - 1)
+
+
+def relative_to(allowed, got, true):
+    """|got - true| in units of `allowed`; 0 where both are NaN or the same infinity."""
+    with np.errstate(all="ignore"):
+        got = got.astype(true.dtype)
+        same = (got == true) | np.isnan(got) & np.isnan(true)
+        return np.where(same, 0, np.abs(got - true) / allowed)
