@@ -340,28 +340,29 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
 
 
 cdef extern from "<fenv.h>" nogil:
-    ctypedef struct fexcept_t:
+    ctypedef struct fenv_t:
         pass
-    int FE_ALL_EXCEPT
-    int fegetexceptflag(fexcept_t *flags, int which)
-    int fesetexceptflag(const fexcept_t *flags, int which)
+    const fenv_t *FE_DFL_ENV
+    int fegetenv(fenv_t *environment)
+    int fesetenv(const fenv_t *environment)
 
 
-cdef class _FlagsKept:
-    """Context manager: the floating-point status flags afterwards are those from before, although
-    NumPy's arithmetic clears them."""
+cdef class _OwnEnvironment:
+    """Context manager: the default floating-point modes inside, so that NumPy's arithmetic on the
+    arguments rounds to nearest; the caller's modes and status flags afterwards."""
 
-    cdef fexcept_t flags
+    cdef fenv_t environment
 
     def __enter__(self):
-        fegetexceptflag(&self.flags, FE_ALL_EXCEPT)
+        fegetenv(&self.environment)
+        fesetenv(FE_DFL_ENV)
 
     def __exit__(self, *exc_info):
-        fesetexceptflag(&self.flags, FE_ALL_EXCEPT)
+        fesetenv(&self.environment)
 
 
 cdef _softmax(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
-    with _FlagsKept():
+    with _OwnEnvironment():
         return _softmax_any(op, x, axis, bias, where, temperature, dtype, out, negate)
 
 
@@ -587,7 +588,7 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
     >>> float(value.round(4)), float(sign)
     (1.5413, -1.0)
     """
-    with _FlagsKept():
+    with _OwnEnvironment():
         return _logsumexp(x, axis, b, where, bool(keepdims), dtype, out, bool(return_sign))
 
 
@@ -633,7 +634,7 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
 
 
 cdef _backward(fsm_op op, grad, y, axis, temperature, out):
-    with _FlagsKept():
+    with _OwnEnvironment():
         return _backward_any(op, grad, y, axis, temperature, out)
 
 
