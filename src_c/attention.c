@@ -19,7 +19,7 @@ enum {
     SERIAL_BELOW = 1 << 19 /* multiply-adds: 10 us or so, twice the cost of waking a thread */
 };
 static const double UNIT = 0x1p29;  /* multiply-adds of a unit, about, at the most: 10 ms */
-static const double SLICE = 0x1p30; /* and of a slice, for each thread */
+static const double SLICE = 0x1p30; /* and of a slice, for each thread; portable C: 1/16 of it */
 
 struct fsm_attention_plan {
     fsm_attention problem;
@@ -41,6 +41,10 @@ static ptrdiff_t up_to_multiple(ptrdiff_t a, ptrdiff_t of) { return (a + of - 1)
 
 /* ---- making a plan ---- */
 
+static double slice_work(const fsm_attention_plan *p) {
+    return SLICE * p->threads / (p->problem.isa == &fsm_isa_scalar ? 16 : 1);
+}
+
 static void cut_queries(fsm_attention_plan *p, double row_work) {
     const fsm_attention *a = &p->problem;
     const ptrdiff_t rows = p->share * a->queries, group = p->kernels->attend_rows;
@@ -55,7 +59,7 @@ static void cut_queries(fsm_attention_plan *p, double row_work) {
     p->per_place = within == rows ? (rows + p->rows - 1) / p->rows
                                   : p->share * ((a->queries + p->rows - 1) / p->rows);
     p->units = p->places * p->per_place;
-    const double slice = SLICE * p->threads / ((double)p->rows * row_work + 1);
+    const double slice = slice_work(p) / ((double)p->rows * row_work + 1);
     p->per_slice = slice < (double)p->units ? (ptrdiff_t)slice + 1 : p->units;
     p->scratch_size = p->kernels->attend_scratch(a->depth, a->v_depth);
 }
@@ -69,7 +73,7 @@ static void cut_keys(fsm_attention_plan *p, double row_work) {
     p->part_size = p->kernels->decode_part(a->v_depth, p->chunk) * p->real_size;
     p->scratch_size = p->kernels->decode_scratch(a->depth, a->v_depth, p->chunk);
     p->units = p->places * p->chunks;
-    const double slice = SLICE * p->threads / ((double)p->chunk * row_work + 1);
+    const double slice = slice_work(p) / ((double)p->chunk * row_work + 1);
     p->batch = least(p->units, slice < 4 * p->threads ? (ptrdiff_t)slice + 1 : 4 * p->threads);
 }
 

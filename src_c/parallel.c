@@ -165,9 +165,61 @@ int fsm_openmp_limit(void) {
 #endif
 }
 
-#if defined(_OPENMP) && defined(__linux__)
-static void in_child(void) { atomic_store(&forked, 1); }
+/* ---- teams ---- */
+
+#ifdef _OPENMP
+/* Threads that run besides those that called. A call gets what is left, down to none: so there are
+ * never more running than callers and CPUs. */
+static atomic_int helping;
+
+static int reserve(int wanted) {
+    int busy = atomic_load(&helping), got;
+    do got = wanted > busy ? wanted - busy : 0;
+    while (!atomic_compare_exchange_weak(&helping, &busy, busy + got));
+    return got;
+}
+
+#if defined(__linux__)
+static void in_child(void) {
+    atomic_store(&forked, 1);
+    atomic_store(&helping, 0);
+}
 static void watch_fork(void) { pthread_atfork(NULL, NULL, in_child); }
+
+static void *pass_through(void *gate) {
+    pthread_mutex_lock(gate);
+    pthread_mutex_unlock(gate);
+    return NULL;
+}
+
+/* libgomp ends the process if it cannot start a thread (RLIMIT_NPROC, RLIMIT_AS). So before it has
+ * to, this starts as many, of the same stack unless OMP_STACKSIZE is set, and lets them go. */
+static int can_start(int count) {
+    enum { MOST = 1024 };
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t thread[MOST];
+    int started = 0;
+    if (count > MOST) return 0;
+    pthread_mutex_lock(&gate);
+    while (started < count && pthread_create(&thread[started], NULL, pass_through, &gate) == 0)
+        started++;
+    pthread_mutex_unlock(&gate);
+    for (int i = 0; i < started; i++) pthread_join(thread[i], NULL);
+    return started == count;
+}
+
+/* The team that libgomp keeps for this thread; it lets go of those that a smaller one leaves. */
+static _Thread_local int team = 1;
+
+static int form_team(int threads) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_fork);
+    if (threads > team && !can_start(threads - team)) return 1;
+    return team = threads;
+}
+#else
+static int form_team(int threads) { return threads; }
+#endif
 #endif
 
 /* ---- the loop ---- */
@@ -175,21 +227,23 @@ static void watch_fork(void) { pthread_atfork(NULL, NULL, in_child); }
 void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context) {
 #ifdef _OPENMP
     if (threads > 1 && n > grain && !omp_in_parallel() && !atomic_load(&forked)) {
-#if defined(__linux__)
-        static pthread_once_t once = PTHREAD_ONCE_INIT;
-        pthread_once(&once, watch_fork);
-#endif
-        atomic_ptrdiff_t next =
-            0; /* taken piece by piece, so that a thread that was held up takes fewer */
+        const int helpers = reserve(threads - 1);
+        threads = helpers ? form_team(1 + helpers) : 1;
+        if (threads > 1) {
+            /* taken piece by piece, so that a thread that was held up takes fewer */
+            atomic_ptrdiff_t next = 0;
 #pragma omp parallel num_threads(threads)
-        {
-            const unsigned mode = fsm_fp_enter();
-            ptrdiff_t begin;
-            while ((begin = atomic_fetch_add(&next, grain)) < n)
-                body(context, omp_get_thread_num(), begin, n - begin < grain ? n : begin + grain);
-            fsm_fp_leave(mode);
+            {
+                const unsigned mode = fsm_fp_enter();
+                ptrdiff_t begin;
+                while ((begin = atomic_fetch_add(&next, grain)) < n)
+                    body(context, omp_get_thread_num(), begin,
+                         n - begin < grain ? n : begin + grain);
+                fsm_fp_leave(mode);
+            }
         }
-        return;
+        atomic_fetch_sub(&helping, helpers);
+        if (threads > 1) return;
     }
 #endif
     (void)threads;

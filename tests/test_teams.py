@@ -1,0 +1,177 @@
+"""Teams of threads in hard surroundings: none to be had, many callers, fork meanwhile, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from common import F32, assert_same_bits, normal
+from test_threads import in_child, needs_openmp
+
+import fastsoftmax as fs
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+def run(code, timeout=120):
+    """Run `code` in a fresh interpreter; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    return done.stdout.strip()
+
+
+@needs_linux
+def test_no_thread_is_started_by_import_or_small_calls():
+    code = """
+import os
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's own
+import numpy as np, fastsoftmax as fs
+fs.set_num_threads(4)
+fs.softmax(np.zeros((32, 10)))
+fs.attention(*np.zeros((3, 2, 8, 4), np.float32))
+print(len(os.listdir("/proc/self/task")))
+fs.softmax(np.zeros((1000, 1000)))
+print(len(os.listdir("/proc/self/task")) > 1 or not fs.show_config("dicts")["openmp"])
+"""
+    assert run(code).split() == ["1", "True"]
+
+
+@needs_linux
+@pytest.mark.parametrize("call", ["fs.softmax(x)", "fs.attention(x, x, x)"])
+def test_threads_that_cannot_be_started_are_done_without(call):
+    """libgomp by itself ends the process: with no room for a stack it cannot start a thread."""
+    code = f"""
+import os, resource
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+import numpy as np, fastsoftmax as fs
+x = np.random.default_rng(0).standard_normal((8, 512, 64), np.float32)
+with fs.num_threads(1):
+    want = {call}
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (6 << 20), resource.RLIM_INFINITY))
+with fs.num_threads(4):
+    print(np.array_equal({call}, want), len(os.listdir("/proc/self/task")))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(np.array_equal({call}, want), len(os.listdir("/proc/self/task")))
+"""
+    limited, free = run(code).splitlines()
+    assert limited == "True 1"
+    assert free in ("True 4", "True 1" if not fs.show_config("dicts")["openmp"] else "")
+
+
+@needs_openmp
+@needs_linux
+def test_many_callers_share_the_threads():
+    """At no time do more threads run than callers and CPUs: teams take what is left."""
+    code = """
+import os, threading, time
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"  # a thread that waits sleeps
+import numpy as np, fastsoftmax as fs
+fs.set_num_threads(3)
+x = np.zeros((400, 2000), np.float32)
+stop = time.monotonic() + 2
+def work():
+    out = np.empty_like(x)
+    while time.monotonic() < stop:
+        fs.softmax(x, out=out)
+callers = [threading.Thread(target=work) for _ in range(6)]
+for caller in callers: caller.start()
+most = 0
+while time.monotonic() < stop:
+    running = 0
+    for task in os.listdir("/proc/self/task"):
+        try:
+            state = open(f"/proc/self/task/{task}/stat").read().rsplit(")", 1)[1].split()[0]
+            running += state == "R"
+        except OSError:
+            pass
+    most = max(most, running)
+for caller in callers: caller.join()
+print(most)
+"""
+    # six callers, three threads each at the most, the one that counts, and one about to sleep
+    assert 1 <= int(run(code)) <= 6 + (3 - 1) + 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork_while_another_thread_is_inside_a_call():
+    x = normal((2000, 1000), F32)
+    stop = threading.Event()
+
+    def work():
+        out = np.empty_like(x)
+        with fs.num_threads(3):
+            while not stop.is_set():
+                fs.softmax(x, out=out)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        want = fs.softmax(x)
+        for _ in range(5):
+            assert in_child(lambda: assert_same_bits(fs.softmax(x), want)) == 0
+            time.sleep(0.003)
+    finally:
+        stop.set()
+        worker.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_pool_of_forked_workers():
+    code = """
+import multiprocessing as mp, warnings
+import numpy as np, fastsoftmax as fs
+warnings.simplefilter("ignore")
+x = np.random.default_rng(0).standard_normal((8, 200, 64), np.float32)
+def both(_):
+    return fs.softmax(x).tobytes(), fs.attention(x, x, x).tobytes()
+want = both(0)
+with mp.get_context("fork").Pool(3) as pool:
+    print(all(got == want for got in pool.map(both, range(12))))
+print(both(0) == want)
+"""
+    assert run(code).split() == ["True", "True"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.parametrize(
+    "prepare, call",
+    [
+        ("x = np.broadcast_to(np.float64(1), (1, 2**33))", "fs.logsumexp(x)"),
+        ("q, k, v = np.ones((3, 64, 16384, 64), 'f4')", "fs.attention(q, k, v)"),
+        ("q = np.ones((64, 1, 64), 'f4'); k = np.broadcast_to(q, (64, 2**22, 64))",
+         "fs.attention(q, k, k)"),
+    ],
+    ids=["one huge row", "attention", "one query"],
+)  # fmt: skip
+def test_ctrl_c(prepare, call):
+    """KeyboardInterrupt soon, inputs intact, and the next call works."""
+    code = f"""
+import os, signal, threading, time
+import numpy as np, fastsoftmax as fs
+{prepare}
+def interrupt():
+    time.sleep(0.5)
+    global sent
+    sent = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    {call}
+    print("done")
+except KeyboardInterrupt:
+    print(time.monotonic() - sent)
+assert abs(float(fs.softmax([0.0, 0.0])[0]) - 0.5) < 1e-9
+"""
+    assert float(run(code)) < 0.3, "seconds from the signal to the exception"
+
+
+def test_an_interrupt_leaves_the_handler_alone():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
