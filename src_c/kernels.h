@@ -120,9 +120,21 @@ enum {
     FSM_DECODE_HEADS = 16  /* heads that share the reading of it, at the most */
 };
 
+/* Whole rows, contiguous, with what is fused into reading them. */
+typedef struct {
+    const char *x, *scale; /* scale: one a row, compute type; NULL = 1 */
+    ptrdiff_t x_stride, scale_stride, rows, n;
+    fsm_dtype x_dtype;
+    const void *additive;   /* compute type, -inf where an entry takes no part; NULL = 0 */
+    ptrdiff_t additive_row; /* elements from row to row; 0: one for all */
+    int biased;             /* else additive holds 0 and -inf only */
+} fsm_fuse;
+
 typedef struct {
     fsm_passes passes[FSM_OP_COUNT];
-    void (*rows)(fsm_op, const fsm_rows *); /* softmax, log_softmax, logsumexp */
+    /* softmax, log_softmax, logsumexp; returns the number of rows without a finite maximum */
+    ptrdiff_t (*rows)(fsm_op, const fsm_rows *);
+    void (*fuse)(void *z, const fsm_fuse *);
     void (*begin)(fsm_state *, int lanes, ptrdiff_t n);
     void (*merge)(fsm_state *into, const fsm_state *from);
     void (*load)(void *z, const fsm_run *, ptrdiff_t n);

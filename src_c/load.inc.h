@@ -8,6 +8,7 @@
 #define load_run FSM_NAME(load_run)
 #define special_run FSM_NAME(special_run)
 #define store_run FSM_NAME(store_run)
+#define LEAST FSM_NAME(LEAST)
 #define LOAD_BLOCK 256
 
 #undef LANE

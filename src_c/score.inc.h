@@ -31,7 +31,6 @@
 #define rows_of FSM_NAME(rows_of)
 #define all_finite FSM_NAME(all_finite)
 #define without_poison FSM_NAME(without_poison)
-#define LEAST FSM_NAME(LEAST)
 #define sink_of FSM_NAME(sink_of)
 #define end_sum FSM_NAME(end_sum)
 

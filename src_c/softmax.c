@@ -2,9 +2,10 @@
  *
  * The dimensions of a problem are of two kinds, those of the rows and those of the softmax axis.
  * Since neither the order of the rows nor (exp.inc.h) that of the elements in a row matters,
- * dimensions are flipped, sorted and merged freely. What is left is walked in one of three ways:
+ * dimensions are flipped, sorted and merged freely. What is left is walked in one of four ways:
  *
  *     direct   contiguous rows with nothing fused: the kernels take them where they lie
+ *     fused    contiguous rows with scale, bias or where: some at a time go through scratch
  *     row      a row at a time is read into scratch, whatever its strides, dtype and masks
  *     lanes    FSM_LANES rows at a time, where they lie closer together than the elements of one (a
  *              strided axis), or are short
@@ -26,6 +27,8 @@ enum {
     PER_THREAD = 1 << 14,    /* elements that each further thread must get */
     SCRATCH_BYTES = 1 << 19, /* of a unit that is read once: half of a common second-level cache */
     CHUNK_BYTES = 1 << 16,   /* of a piece of a longer one */
+    FUSED_BYTES = 1 << 13,   /* of fused rows at a time: a quarter of the nearest cache */
+    FUSED_MOST = 1 << 14,    /* elements of a fused row */
     DIRECT_MOST = 1 << 18,   /* elements of a direct row; a longer one is worth being dealt */
     SLICE = 1 << 23          /* elements done between two looks at the signals: 10 ms or so */
 };
@@ -52,7 +55,8 @@ struct fsm_plan {
     dimension row[FSM_MAX_NDIM], axis[FSM_MAX_NDIM];
     ptrdiff_t rows, n;
 
-    int direct, wide, resident, lanes;
+    int direct, fused, wide, resident, lanes;
+    ptrdiff_t block;  /* fused: rows at a time */
     ptrdiff_t groups; /* of lanes along the last row dimension */
     ptrdiff_t units, chunk, chunks, slice;
     ptrdiff_t real_size, scratch_elements, scratch_size;
@@ -132,16 +136,17 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     const dimension *lane = p->row_ndim ? &p->row[p->row_ndim - 1] : NULL;
     const ptrdiff_t x_step = axis ? axis->stride[FSM_X] : itemsize(p->dtype[FSM_X]);
     const ptrdiff_t out_step = axis ? axis->stride[FSM_OUT] : itemsize(p->dtype[FSM_OUT]);
-    const int plain =
-        p->op <= FSM_LOGSUMEXP && !p->data[FSM_BIAS] && !p->data[FSM_WHERE] && !p->data[FSM_SCALE];
+    const int plain = !p->data[FSM_BIAS] && !p->data[FSM_WHERE] && !p->data[FSM_SCALE];
     const int contiguous = p->axis_ndim <= 1 && x_step == itemsize(p->dtype[FSM_X]) &&
                            (p->op == FSM_LOGSUMEXP || out_step == itemsize(p->dtype[FSM_OUT]));
-    p->direct =
-        plain && contiguous && is_native(p, p->dtype[FSM_X]) && is_native(p, p->dtype[FSM_OUT]);
+    const int whole = p->op <= FSM_LOGSUMEXP && contiguous && is_native(p, p->dtype[FSM_X]) &&
+                      is_native(p, p->dtype[FSM_OUT]);
+    p->direct = whole && plain;
+    p->fused = whole && !plain && p->n <= FUSED_MOST;
 
     const ptrdiff_t most = SCRATCH_BYTES / p->real_size;
     p->lanes = 1;
-    if (!p->direct && lane && lane->size > 1 && p->n < PTRDIFF_MAX / 4096 &&
+    if (!p->direct && !p->fused && lane && lane->size > 1 && p->n < PTRDIFF_MAX / 4096 &&
         (lane->stride[FSM_X] < x_step || (p->n <= FSM_SHORT_ROW && lane->size >= 8))) {
         p->lanes = (int)least(FSM_LANES, up_to_multiple(lane->size, FSM_LANE_QUANTUM));
         const int few =
@@ -157,7 +162,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->wide =
         unit_elements > DIRECT_MOST || (p->units < p->threads && unit_elements >= SERIAL_BELOW);
     if (p->wide) {
-        p->resident = 0;
+        p->resident = p->fused = 0;
         if (p->lanes > 1)
             p->lanes = (int)least(
                 FSM_LANES,
@@ -172,6 +177,10 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
         p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0
                               : p->n < FSM_BLOCK              ? FSM_BLOCK
                                                               : p->n;
+    if (p->fused) { /* z, exp, additive: see fused_rows */
+        p->block = FUSED_BYTES / p->real_size / p->n + 1;
+        p->scratch_elements = 3 * up_to_multiple(p->block * p->n, FSM_BLOCK);
+    }
 }
 
 fsm_status fsm_plan_new(fsm_plan **result, const fsm_problem *problem) {
@@ -428,7 +437,7 @@ static void end_unit(const fsm_plan *p, const unit_place *at, const fsm_state *s
     } else if (!is_backward(p->op) && st->special) fill_special(p, *at, st, scratch);
 }
 
-/* ---- the three ways ---- */
+/* ---- the four ways ---- */
 
 static void direct_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const fsm_plan *p = context;
@@ -448,6 +457,80 @@ static void direct_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
                                .out_dtype = p->dtype[FSM_OUT],
                                .scratch = scratch_of(p, thread)};
         p->kernels->rows(p->op, &rows);
+    }
+}
+
+/* bias, and -inf where an entry of the row takes no part, into `to`. */
+static void load_additive(const fsm_plan *p, const unit_place *at, char *to) {
+    static const double zero = 0;
+    unit_place rest = *at;
+    rest.at[FSM_X] = (char *)(uintptr_t)&zero;
+    rest.at[FSM_SCALE] = NULL;
+    fsm_run run = run_at(p, &rest, FSM_X, 0, axis_step, 1);
+    run.x_stride = 0;
+    run.x_dtype = p->compute;
+    p->kernels->load(to, &run, p->n);
+}
+
+/* Rows whose maximum is not finite are NaN by now, every element of them: their entries that take
+ * no part are made so. */
+static void mend_special(const fsm_plan *p, const unit_place *at, ptrdiff_t rows, char *scratch) {
+    fsm_state st = {.lanes = 1};
+    unit_place row = *at;
+    row.rows = 1;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const fsm_run first = {.x = row.at[FSM_OUT], .x_dtype = p->dtype[FSM_OUT]};
+        p->kernels->load(&st.max, &first, 1);
+        if (is_special(p, &st, 0)) fill_special(p, row, &st, scratch);
+        for (int o = 0; o < FSM_OPERAND_COUNT; o++) row.at[o] += row.at[o] ? lane_step(p, o) : 0;
+    }
+}
+
+static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
+    const fsm_plan *p = context;
+    const ptrdiff_t inner = p->row_ndim ? p->row[p->row_ndim - 1].size : 1;
+    const ptrdiff_t part = p->scratch_elements / 3 * p->real_size;
+    char *z = scratch_of(p, thread), *e = z + part, *additive = e + part;
+    const int hiding = p->data[FSM_BIAS] || p->data[FSM_WHERE];
+    const int shared =
+        !p->row_ndim || (lane_step(p, FSM_BIAS) == 0 && lane_step(p, FSM_WHERE) == 0);
+    for (ptrdiff_t r = begin + p->unit, k; r < end + p->unit; r += k) {
+        k = least(inner - r % inner, end + p->unit - r);
+        unit_place at = place_of(p, r);
+        if (hiding && shared) load_additive(p, &at, additive);
+        for (ptrdiff_t i = 0, rows; i < k; i += rows) {
+            rows = least(k - i, p->block);
+            unit_place row = at;
+            for (ptrdiff_t j = 0; j < rows; j++) {
+                if (hiding && !shared) load_additive(p, &row, additive + j * p->n * p->real_size);
+                for (int o = 0; o < FSM_OPERAND_COUNT && p->row_ndim; o++)
+                    row.at[o] += row.at[o] ? lane_step(p, o) : 0;
+            }
+            const ptrdiff_t x_stride = p->row_ndim ? lane_step(p, FSM_X) : 0;
+            const fsm_fuse fuse = {.x = at.at[FSM_X],
+                                   .scale = at.at[FSM_SCALE],
+                                   .x_stride = x_stride,
+                                   .scale_stride = p->row_ndim ? lane_step(p, FSM_SCALE) : 0,
+                                   .rows = rows,
+                                   .n = p->n,
+                                   .x_dtype = p->dtype[FSM_X],
+                                   .additive = hiding ? additive : NULL,
+                                   .additive_row = shared ? 0 : p->n,
+                                   .biased = p->data[FSM_BIAS] != NULL};
+            p->kernels->fuse(z, &fuse);
+            const fsm_rows of = {.x = z,
+                                 .out = at.at[FSM_OUT],
+                                 .x_stride = p->n * p->real_size,
+                                 .out_stride = p->row_ndim ? lane_step(p, FSM_OUT) : 0,
+                                 .rows = rows,
+                                 .n = p->n,
+                                 .x_dtype = p->compute,
+                                 .out_dtype = p->dtype[FSM_OUT],
+                                 .scratch = e};
+            if (p->kernels->rows(p->op, &of) && hiding && p->op != FSM_LOGSUMEXP)
+                mend_special(p, &at, rows, z);
+            at = row;
+        }
     }
 }
 
@@ -514,7 +597,11 @@ fsm_status fsm_plan_run(fsm_plan *p) {
                         count = least(p->slice / unit_elements + 1, p->units - p->unit);
         const ptrdiff_t grain =
             count / (p->threads * 8) + 1; /* several pieces a thread, so that they end together */
-        fsm_parallel_for(p->threads, count, grain, p->direct ? direct_rows : whole_units, p);
+        fsm_parallel_for(p->threads, count, grain,
+                         p->direct  ? direct_rows
+                         : p->fused ? fused_rows
+                                    : whole_units,
+                         p);
         p->unit += count;
     }
     return p->unit < p->units ? FSM_AGAIN : FSM_DONE;

@@ -30,6 +30,7 @@
                                               log_backward_map},                                   \
             },                                                                                     \
         .rows = rows_all,                                                                          \
+        .fuse = fuse_rows,                                                                         \
         .begin = begin_state,                                                                      \
         .merge = merge_state,                                                                      \
         .load = load_run,                                                                          \
