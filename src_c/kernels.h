@@ -22,6 +22,7 @@ enum {
     FSM_LANE_QUANTUM = 16, /* the widest vector of any ISA, in float32 */
     FSM_BLOCK = 1024,   /* elements of a block of longer rows, which stays in the nearest cache */
     FSM_SHORT_ROW = 32, /* rows up to this long are transposed, so that lanes are rows */
+    FSM_COLUMNS_AHEAD = 12, /* elements of a column between asking for one and reading it */
     FSM_ALIGN = 64
 };
 
@@ -120,6 +121,18 @@ enum {
     FSM_DECODE_HEADS = 16  /* heads that share the reading of it, at the most */
 };
 
+/* Up to FSM_LANES rows side by side, nothing fused: element i of row l is at x + i * x_step plus l
+ * elements; logsumexp: the results are contiguous. */
+typedef struct {
+    const char *x;
+    char *out;
+    ptrdiff_t x_step, out_step, n;
+    int rows;
+    fsm_dtype x_dtype, out_dtype;
+    void *
+        tile; /* n elements of the compute type for each row, their number rounded up to a quantum */
+} fsm_columns;
+
 /* Whole rows, contiguous, with what is fused into reading them. */
 typedef struct {
     const char *x, *scale; /* scale: one a row, compute type; NULL = 1 */
@@ -135,6 +148,7 @@ typedef struct {
     /* softmax, log_softmax, logsumexp; returns the number of rows without a finite maximum */
     ptrdiff_t (*rows)(fsm_op, const fsm_rows *);
     void (*fuse)(void *z, const fsm_fuse *);
+    void (*columns)(fsm_op, const fsm_columns *); /* the same operations */
     void (*begin)(fsm_state *, int lanes, ptrdiff_t n);
     void (*merge)(fsm_state *into, const fsm_state *from);
     void (*load)(void *z, const fsm_run *, ptrdiff_t n);

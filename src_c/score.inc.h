@@ -37,11 +37,11 @@
 /* ---- the score ---- */
 
 typedef struct {
-    int natural;            /* z is a score; else a dot product */
-    int negate;             /* of q: the scale is below 0 */
-    real scale, cap, slope; /* cap = 0: none */
-    real c;                 /* 2^(c z) is the exp of the score */
-    double unit;            /* z times this is the score */
+    int natural;     /* z is a score; else a dot product */
+    int negate;      /* of q: the scale is below 0 */
+    real scale, cap; /* cap = 0: none */
+    real c;          /* 2^(c z) is the exp of the score */
+    double unit;     /* z times this is the score */
     exp_vref at_zero;
 } score_rule;
 

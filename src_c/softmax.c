@@ -8,7 +8,7 @@
  *     fused    contiguous rows with scale, bias or where: some at a time go through scratch
  *     row      a row at a time is read into scratch, whatever its strides, dtype and masks
  *     lanes    FSM_LANES rows at a time, where they lie closer together than the elements of one (a
- *              strided axis), or are short
+ *              strided axis), or are short; `columns` if side by side and nothing is fused
  *
  * A unit of work is a row, or a group of lanes. If it fits the scratch it is read once; else each
  * pass reads it again, in chunks. Units are dealt to the threads; a unit that is too long for that
@@ -55,7 +55,7 @@ struct fsm_plan {
     dimension row[FSM_MAX_NDIM], axis[FSM_MAX_NDIM];
     ptrdiff_t rows, n;
 
-    int direct, fused, wide, resident, lanes;
+    int direct, fused, columns, wide, resident, lanes;
     ptrdiff_t block;  /* fused: rows at a time */
     ptrdiff_t groups; /* of lanes along the last row dimension */
     ptrdiff_t units, chunk, chunks, slice;
@@ -177,6 +177,11 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
         p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0
                               : p->n < FSM_BLOCK              ? FSM_BLOCK
                                                               : p->n;
+    p->columns = plain && p->op <= FSM_LOGSUMEXP && p->lanes > 1 && p->resident &&
+                 p->axis_ndim <= 1 && is_native(p, p->dtype[FSM_X]) &&
+                 is_native(p, p->dtype[FSM_OUT]) &&
+                 lane->stride[FSM_X] == itemsize(p->dtype[FSM_X]) &&
+                 lane->stride[FSM_OUT] == itemsize(p->dtype[FSM_OUT]);
     if (p->fused) { /* z, exp, additive: see fused_rows */
         p->block = FUSED_BYTES / p->real_size / p->n + 1;
         p->scratch_elements = 3 * up_to_multiple(p->block * p->n, FSM_BLOCK);
@@ -534,6 +539,23 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
     }
 }
 
+static void column_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
+    const fsm_plan *p = context;
+    for (ptrdiff_t u = begin + p->unit; u < end + p->unit; u++) {
+        const unit_place at = place_of(p, u);
+        const fsm_columns columns = {.x = at.at[FSM_X],
+                                     .out = at.at[FSM_OUT],
+                                     .x_step = axis_step(p, FSM_X),
+                                     .out_step = axis_step(p, FSM_OUT),
+                                     .n = p->n,
+                                     .rows = at.rows,
+                                     .x_dtype = p->dtype[FSM_X],
+                                     .out_dtype = p->dtype[FSM_OUT],
+                                     .tile = scratch_of(p, thread)};
+        p->kernels->columns(p->op, &columns);
+    }
+}
+
 static void whole_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const fsm_plan *p = context;
     char *scratch = scratch_of(p, thread);
@@ -598,9 +620,10 @@ fsm_status fsm_plan_run(fsm_plan *p) {
         const ptrdiff_t grain =
             count / (p->threads * 8) + 1; /* several pieces a thread, so that they end together */
         fsm_parallel_for(p->threads, count, grain,
-                         p->direct  ? direct_rows
-                         : p->fused ? fused_rows
-                                    : whole_units,
+                         p->direct    ? direct_rows
+                         : p->fused   ? fused_rows
+                         : p->columns ? column_units
+                                      : whole_units,
                          p);
         p->unit += count;
     }

@@ -7,6 +7,7 @@
 
 #define max_pass FSM_NAME(max_pass)
 #define lane_max FSM_NAME(lane_max)
+#define lane_suspects FSM_NAME(lane_suspects)
 #define running_max FSM_NAME(running_max)
 #define max_begin FSM_NAME(max_begin)
 #define max_add FSM_NAME(max_add)
@@ -86,6 +87,16 @@ static real row_max(fsm_dtype dtype, const void *x, ptrdiff_t n) {
 #undef CALL
 }
 
+/* The suspects of VL lanes, looked at again. */
+static void lane_suspects(real *max, int lanes, const real *x, ptrdiff_t n, vec s) {
+    real suspect[VL];
+    v_store(suspect, s);
+    for (int l = 0; l < VL; l++)
+        if (suspect[l] != suspect[l])
+            for (ptrdiff_t i = 0; i < n; i++)
+                if (x[i * lanes + l] != x[i * lanes + l]) max[l] = NAN;
+}
+
 static void lane_max(real *max, int lanes, const real *x, ptrdiff_t n) {
     for (int g = 0; g < lanes; g += VL) {
         vec m = v_load(max + g), s = v_set1(0);
@@ -94,13 +105,8 @@ static void lane_max(real *max, int lanes, const real *x, ptrdiff_t n) {
             m = v_max(a, m);
             s = v_add_m(a, s);
         }
-        real suspect[VL];
-        v_store(suspect, s);
         v_store(max + g, v_add(m, v_set1(0)));
-        for (int l = 0; l < VL; l++)
-            if (suspect[l] != suspect[l])
-                for (ptrdiff_t i = 0; i < n; i++)
-                    if (x[i * lanes + g + l] != x[i * lanes + g + l]) max[g + l] = NAN;
+        lane_suspects(max + g, lanes, x + g, n, s);
     }
 }
 

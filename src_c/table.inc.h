@@ -6,6 +6,7 @@
 #include "backward.inc.h"
 #include "weighted.inc.h"
 #include "rows.inc.h"
+#include "columns.inc.h"
 #include "score.inc.h"
 #include "attention.inc.h"
 #include "decode.inc.h"
@@ -30,6 +31,7 @@
                                               log_backward_map},                                   \
             },                                                                                     \
         .rows = rows_all,                                                                          \
+        .columns = columns_all,                                                                    \
         .fuse = fuse_rows,                                                                         \
         .begin = begin_state,                                                                      \
         .merge = merge_state,                                                                      \
