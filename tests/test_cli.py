@@ -11,6 +11,10 @@ import pytest
 import fastsoftmax as fs
 from fastsoftmax import __main__ as cli
 from fastsoftmax import bench
+from fastsoftmax.bench import measure, report
+from fastsoftmax.bench.cases import Attention, Softmax, from_json, to_json
+from fastsoftmax.bench.measure import workers
+from fastsoftmax.bench.peers import IMPLEMENTATIONS
 
 LAYER = Path(__file__).parent / "data" / "minilm_layer5.npz"
 
@@ -151,46 +155,119 @@ def test_selftest_sees_one_different_bit(capsys, monkeypatch):
 # --- bench ----------------------------------------------------------------------------------------
 
 SHORT = ["--peers", "numpy", "--rounds", "1", "--seconds", "0"]
+TINY = [
+    Softmax((8, 5)),
+    Softmax((3, 4), axis=0),
+    Softmax((6, 4, 5), "float16", axis=1, function="log_softmax", fused="bias"),
+    Attention((1, 4, 2, 5, 7, 8), "causal"),
+    Attention((1, 4, 2, 1, 7, 8)),
+]
 
 
 @pytest.fixture
-def short_suites(monkeypatch):
-    monkeypatch.setitem(bench.SUITES, "softmax", [bench.Case((8, 5)), bench.Case((3, 4), axis=0)])
-    monkeypatch.setitem(bench.SUITES, "small", [bench.Case((8,), out=False)])
+def tiny_suites(monkeypatch):
+    """Cases that take no time; the workers are told which ones."""
+    for suite in bench.SUITES:
+        monkeypatch.setitem(bench.SUITES, suite, {"group": TINY[:3], "others": TINY[3:]})
+    monkeypatch.setattr(bench, "THREADS", TINY[2:4])
+    sizes = "K", [4, 8, 16], lambda n: Softmax((3, n))
+    monkeypatch.setattr(bench, "SCALING", {"three rows of K": sizes})
     monkeypatch.setattr(bench, "DISTRIBUTIONS", {"scale 1": None})
 
 
-def test_bench_of_speed(capsys, tmp_path, short_suites):
-    path = tmp_path / "speed.json"
-    assert cli.main(["bench", *SHORT, "--json", str(path)]) == 0
+def run_bench(tmp_path, *argv):
+    path = tmp_path / "results.json"
+    assert cli.main(["bench", *argv, *SHORT, "--json", str(path)]) == 0
+    return json.loads(path.read_text())["results"]
+
+
+@pytest.mark.parametrize("suite", ["softmax", "attention"])
+def test_bench_of_speed(capsys, tmp_path, tiny_suites, suite):
+    results = run_bench(tmp_path, suite)
     output = capsys.readouterr().out
-    assert output.count("8 x 5 float32 ") == 2
-    assert output.count("3 x 4 float32, axis 0 ") == 2
-    results = json.loads(path.read_text())["results"]
-    assert [r["axis"] for r in results] == [-1, 0]
-    assert all(r["seconds"][name] > 0 for r in results for name in ("fastsoftmax", "numpy"))
+    for case in TINY:
+        assert output.count(f"\n{case} ") == 2  # in the table of times and in that of ratios
+    assert "geometric mean" in output
+    pairs = zip(TINY, results, strict=True)
+    assert [from_json({f: result[f] for f in to_json(case)}) for case, result in pairs] == TINY
+    for result in results[:2]:
+        assert all(result["seconds"][name] > 0 for name in ("fastsoftmax", "floor", "numpy"))
+
+
+def test_bench_of_threads(capsys, tmp_path, tiny_suites):
+    results = run_bench(tmp_path, "threads", "--threads", "3")
+    assert [r["sizes"] for r in results] == [[1, 2, 3]] * 2
+    assert all(len(r["seconds"]["numpy"]) == 3 for r in results)
+    assert capsys.readouterr().out.count("threads=3  exponent") == 2
+
+
+def test_bench_of_scaling(capsys, tmp_path, tiny_suites):
+    (result,) = run_bench(tmp_path, "scaling")
+    assert result["sizes"] == [4, 8, 16]
+    assert "K=16  exponent" in capsys.readouterr().out
+
+
+def test_exponents():
+    assert report.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert report.exponent([1, 2, 4], [3, "wrong", 12]) == pytest.approx(1)
+    assert np.isnan(report.exponent([1, 2], [3, "-"]))
+
+
+@pytest.mark.parametrize("suite", ["softmax", "scaling"])
+def test_bench_draws(tmp_path, tiny_suites, suite):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    run_bench(tmp_path, suite, "--plot", str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_does_not_draw_errors(tmp_path):
+    with pytest.raises(SystemExit, match="no plot of accuracy"):
+        cli.main(["bench", "accuracy", "--plot", str(tmp_path / "plot.png")])
 
 
 @pytest.mark.full
-def test_bench_of_accuracy(capsys, tmp_path, short_suites):
-    path = tmp_path / "accuracy.json"
-    assert cli.main(["bench", "accuracy", *SHORT, "--json", str(path)]) == 0
-    for result in json.loads(path.read_text())["results"]:
+def test_bench_of_accuracy(capsys, tmp_path, tiny_suites):
+    for result in run_bench(tmp_path, "accuracy"):
         assert result["ulp"]["fastsoftmax"] <= 2 < result["ulp"]["numpy"]
 
 
-@pytest.mark.parametrize("name", bench.IMPLEMENTATIONS)
-def test_each_peer_computes_softmax(name):
-    """The peers that are installed here, in this process."""
-    pytest.importorskip(name.split()[0])
-    bench.checked_call(name, bench.Case((4, 7)))()
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_each_implementation_is_right(name):
+    """Those that are installed here, in a process of their own, on cases of every kind."""
+    fused = [Softmax((6, 5), fused=fused) for fused in ("", "where", "bias", "temperature")]
+    logs = [Softmax((6, 4, 5), axis=1, function=f) for f in ("log_softmax", "logsumexp")]
+    types = [Softmax((6, 50), dtype) for dtype in ("float16", "bfloat16", "float64")]
+    modes = "full", "causal", "window", "padding", "bias"
+    attention = [Attention((2, 4, 4, 9, 9, 16), mode) for mode in modes]
+    attention += [Attention((2, 4, 2, n, 9, 16), t) for n, t in ((9, "causal"), (1, "full"))]
+    ours = name in ("fastsoftmax", "floor")
+    with workers([name], 1) as running:
+        if name not in running:
+            pytest.skip(f"{name} is not installed")
+        for case in (*fused, *logs, *types, Softmax((8,), out=False), *attention):
+            answer = running[name].time(case, 0)
+            allowed = ("absent",) if ours else ("-", "absent")
+            if name in ("numpy", "scipy") and case.dtype == "bfloat16":
+                allowed += ("wrong",)
+            assert not isinstance(answer, str) or answer in allowed, (case, answer)
 
 
 def test_a_wrong_peer_is_found_out(monkeypatch):
-    wrong = {"numpy": lambda x, axis, use_out: lambda: x}
-    monkeypatch.setattr(bench, "IMPLEMENTATIONS", wrong)
-    with pytest.raises(ArithmeticError):
-        bench.checked_call("numpy", bench.Case((4, 6)))
+    wrong = lambda case, **operands: lambda: next(iter(operands.values())).copy()  # noqa: E731
+    monkeypatch.setitem(IMPLEMENTATIONS, "numpy", (wrong, wrong))
+    for case in (Softmax((4, 6)), Attention((1, 2, 2, 4, 4, 8)), Softmax((4, 6), "bfloat16")):
+        if case.dtype == "bfloat16":
+            pytest.importorskip("ml_dtypes")
+        with pytest.raises(ArithmeticError):
+            measure.checked_call("numpy", case)
+
+
+def test_every_case_can_be_made_small_and_sent():
+    groups = (group for suite in bench.SUITES.values() for group in suite.values())
+    for case in (*(case for group in groups for case in group), *bench.THREADS):
+        for one in (case, case.small()):
+            assert from_json(json.loads(json.dumps(to_json(one)))) == one
 
 
 # --- the program ----------------------------------------------------------------------------------

@@ -1,0 +1,191 @@
+"""What is said of the measurements: tables and plots."""
+
+import math
+import statistics
+
+import numpy as np
+
+from .peers import FLOOR, PEERS, US
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def table(rows, header, file=None):
+    """Print rows of cells below a header; columns of numbers, but for the first, to the right."""
+    rows = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = list(zip(*rows[1:], strict=True))
+    numeric = [False, *(any(c[:1].isdigit() for c in column) for column in columns[1:])]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        cells = zip(row, widths, numeric, strict=True)
+        line = "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in cells)
+        print(line.rstrip(), file=file)
+
+
+def duration(seconds):
+    """Print a time with three digits: 711 us."""
+    unit, name = (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
+    value = seconds / unit
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {name}"
+
+
+def cell(value, show):
+    """Show a number; a word as it is."""
+    return value if isinstance(value, str) else show(value)
+
+
+# --- speed: results are [{group, case, work, unit, seconds: {name: number or word}}] --------------
+
+
+def names_in(results):
+    """The implementations that have a number anywhere."""
+    names = dict.fromkeys(name for result in results for name in result["seconds"])
+    return [n for n in names if any(not isinstance(r["seconds"][n], str) for r in results)]
+
+
+def fastest_peer(result):
+    """The time of the fastest peer; NaN if none has one."""
+    times = [t for n, t in result["seconds"].items() if n in PEERS and not isinstance(t, str)]
+    return min(times, default=math.nan)
+
+
+def print_speed(results, file=None):
+    """Print the times; the rate and the ratios; the means of the groups."""
+    names = names_in(results)
+    peers = [name for name in names if name in PEERS]
+    print("time of one call; wrong: the result is off; -: not supported\n", file=file)
+    rows = [[r["case"], *(cell(r["seconds"][n], duration) for n in names)] for r in results]
+    table(rows, ["", *names], file)
+
+    print(
+        "\nrate of fastsoftmax; time of fastsoftmax / the floor; time of each peer, and of the\n"
+        "fastest one, / time of fastsoftmax: above 1, fastsoftmax is faster\n",
+        file=file,
+    )
+    rows = []
+    for result in results:
+        seconds = result["seconds"]
+        ours, floor = seconds[US], seconds.get(FLOOR, "-")
+        ratios = [cell(seconds[n], lambda t, ours=ours: f"{t / ours:.2f}") for n in peers]
+        rate = f"{result['work'] / ours / 1e9:.3g} {result['unit']}"
+        over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
+        ratios += [f"{fastest_peer(result) / ours:.2f}"] if peers else []
+        rows.append([result["case"], rate, over, *ratios])
+    table(rows, ["", "rate", "floor", *peers, *(["fastest"] if peers else [])], file)
+
+    if peers:
+        print("\ntime of the fastest peer of each case / time of fastsoftmax\n", file=file)
+        groups = {}
+        for result in results:
+            if not math.isnan(ratio := fastest_peer(result) / result["seconds"][US]):
+                groups.setdefault(result["group"], []).append(ratio)
+        groups["all"] = [ratio for ratios in groups.values() for ratio in ratios]
+        rows = [
+            [group, len(ratios), f"{statistics.geometric_mean(ratios):.2f}", f"{min(ratios):.2f}"]
+            for group, ratios in groups.items()
+        ]
+        table(rows, ["group", "cases", "geometric mean", "least"], file)
+    print(
+        "\nfloor: copying the array with np.copyto in as many threads (one below 1 MB), for\n"
+        "logsumexp and decode reading it, k and v; of other attention the time that a float32\n"
+        "matrix product of NumPy's BLAS takes for as many multiplications",
+        file=file,
+    )
+
+
+# --- growth: results are [{title, of, sizes, seconds: {name: [number or word, one per size]}}] ----
+
+
+def exponent(sizes, seconds):
+    """Fit time = a * size ** exponent; NaN unless there are two numbers."""
+    pairs = [(n, t) for n, t in zip(sizes, seconds, strict=True) if not isinstance(t, str)]
+    if len(pairs) < 2:
+        return math.nan
+    return float(np.polyfit(*np.log(np.transpose(pairs)), 1)[0])
+
+
+def print_growth(results, file=None):
+    """Print the times for each size and the fitted exponents."""
+    print("time of one call; exponent: of time = a * size ** exponent, fitted to them", file=file)
+    for result in results:
+        rows = [
+            [name, *(cell(t, duration) for t in times), f"{exponent(result['sizes'], times):.2f}"]
+            for name, times in result["seconds"].items()
+            if not all(isinstance(t, str) for t in times)
+        ]
+        sizes = [f"{result['of']}={n}" for n in result["sizes"]]
+        print(file=file)
+        table(rows, [result["title"], *sizes, "exponent"], file)
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+COLOURS = {
+    **{US: "black", FLOOR: "grey", "numpy": "tab:blue", "scipy": "tab:cyan"},
+    **{"torch": "tab:red", "torch out=": "tab:pink", "jax": "tab:green"},
+    **{"onnxruntime": "tab:olive", "onnxruntime bound": "tab:orange", "openvino": "tab:purple"},
+}
+FARTHEST = 12  # times slower: what is farther is drawn there, as an arrow
+
+
+def figure(width, height, rows=1, columns=1):
+    """Make a figure and its axes, without a window."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: python -m pip install matplotlib") from None
+    fig = Figure((width, height), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False)
+
+
+def plot_speed(results, title, path):
+    """Draw a row for each case: how many times as long as fastsoftmax the others take."""
+    fig, axes = figure(9, 1.6 + 0.26 * len(results))
+    ax, rows = axes[0, 0], range(len(results))
+    for name in names_in(results):
+        times = [result["seconds"][name] for result in results]
+        ratios = np.array([
+            math.nan if isinstance(t, str) else t / result["seconds"][US]
+            for t, result in zip(times, results, strict=True)
+        ])  # fmt: skip
+        style = {"color": COLOURS[name], "linestyle": "", "markersize": 6}
+        if name == US:
+            ax.axvline(1, color=COLOURS[US], linewidth=1.5, label=name)
+            continue
+        near, far = ratios <= FARTHEST, ratios > FARTHEST
+        marker = "|" if name == FLOOR else "o"
+        ax.plot(np.where(near, ratios, np.nan), rows, marker=marker, label=name, **style)
+        ax.plot(np.where(far, FARTHEST * 1.05, np.nan), rows, marker=">", **style)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    ax.set_yticks(rows, [result["case"] for result in results])
+    ax.set_ylim(len(results) - 0.5, -0.5)
+    ax.set_xlabel("time / time of fastsoftmax: to the right of the line, fastsoftmax is faster")
+    ax.grid(color="0.9")
+    ax.set_axisbelow(True)
+    ax.set_title(title, fontsize="medium")
+    fig.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    fig.savefig(path, dpi=150)
+
+
+def plot_growth(results, title, path):
+    """Draw time against size, a panel for each thing that grows."""
+    columns = min(4, len(results))
+    rows = math.ceil(len(results) / columns)
+    fig, axes = figure(3.4 * columns, 1 + 3 * rows, rows, columns)
+    for ax in axes.flat[len(results) :]:
+        ax.set_visible(False)
+    lines = {}
+    for ax, result in zip(axes.flat, results, strict=False):
+        for name, times in result["seconds"].items():
+            times = [math.nan if isinstance(t, str) else t for t in times]
+            lines[name] = ax.plot(result["sizes"], times, ".-", color=COLOURS[name])[0]
+        ax.set(yscale="log", xlabel=result["of"], ylabel="seconds")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1024 else f"{x / 1024:g}k")
+        ax.set_title(result["title"], fontsize="small")
+        ax.grid(color="0.9")
+    fig.suptitle(title, fontsize="medium")
+    fig.legend(lines.values(), lines, loc="outside lower center", ncols=5, frameon=False)
+    fig.savefig(path, dpi=150)
