@@ -11,19 +11,18 @@ _WIDEST = 2**62    # a window that reaches every key, from any offset
 
 cdef _as_floating(value, name, mask):
     """As _as_array, but only the floating types."""
-    if not isinstance(value, np.ndarray):
-        value = np.asarray(value)
-    _float_code(value.dtype, name)
-    return _as_array(value, name, mask)
+    cdef ndarray array = _as_array(value, name, mask)
+    _float_code(array.dtype, name)
+    return array
 
 
-cdef _as_heads(value, name):
-    """An array [..., heads, positions, columns], of one head if it is given without."""
+cdef _as_positions(value, name):
+    """An array [..., heads, positions, columns], or [positions, columns]."""
     array = _as_floating(value, name, "mask")
     if array.ndim < 2:
         raise ValueError(f"{name} must have shape [..., heads, positions, columns] or "
                          f"[positions, columns], got {array.shape}")
-    return array[None] if array.ndim == 2 else array
+    return array
 
 
 cdef _leading(q, k, v):
@@ -118,8 +117,9 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
                 sinks, slopes, out, bint with_lse, bint with_weights):
     cdef fsm_attention problem
     cdef int d, ndim
-    one_head = np.ndim(q) == np.ndim(k) == np.ndim(v) == 2
-    q, k, v = _as_heads(q, "q"), _as_heads(k, "k"), _as_heads(v, "v")
+    q, k, v = _as_positions(q, "q"), _as_positions(k, "k"), _as_positions(v, "v")
+    one_head = q.ndim == k.ndim == v.ndim == 2
+    q, k, v = [array[None] if array.ndim == 2 else array for array in (q, k, v)]
     lead = _leading(q, k, v)
     compute = _compute_dtype(q.dtype, None, None)
     heads, queries, depth = q.shape[-3:]

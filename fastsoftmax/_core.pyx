@@ -59,12 +59,14 @@ cdef int _float_code(dtype, name) except -2:
     return code
 
 
-cdef ndarray _as_array(value, name, mask="where"):
+cpdef ndarray _as_array(value, name, mask="where"):
     """An ndarray of native byte order, of a type that C knows. `mask` is the argument for masks."""
     if isinstance(value, np.ma.MaskedArray):
         hint = f", and {mask}=~mask" if mask else ""
         raise TypeError(f"{name} must not be a MaskedArray; pass its data{hint}")
     array = np.asarray(value)
+    if array.dtype.kind == "O" and hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+        array = np.from_dlpack(value)
     if _code(array.dtype) < 0:
         raise TypeError(f"{name} has dtype {array.dtype}; supported are float16, bfloat16, "
                         "float32, float64, integers and bool")
@@ -624,8 +626,9 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
         _describe_reduced(&problem, FSM_OUT, y, keep)
         _describe_reduced(&problem, FSM_SIGN, sign if b is not None else None, keep)
         _run(&problem)
-        if signed and b is None:  # a sum of exponentials: 1, 0 if it is empty
-            np.sign(np.exp(np.minimum(y, 1).astype(compute)), out=sign, casting="same_kind")
+        if signed and b is None:  # a sum of exponentials: 1, 0 if it is empty, NaN if it is NaN
+            sign[...] = y > -np.inf
+            np.copyto(sign, y, where=np.isnan(y), casting="same_kind")
     if out is None and y.ndim == 0:
         y = y[()]
     if signed:

@@ -289,7 +289,12 @@ static ptrdiff_t axis_step(const fsm_plan *p, fsm_operand o) {
     return p->axis_ndim ? p->axis[p->axis_ndim - 1].stride[o] : 0;
 }
 static ptrdiff_t lane_step(const fsm_plan *p, fsm_operand o) {
-    return p->row[p->row_ndim - 1].stride[o];
+    return p->row_ndim ? p->row[p->row_ndim - 1].stride[o] : 0;
+}
+
+static void advance(const fsm_plan *p, unit_place *at, ptrdiff_t rows) {
+    for (int o = 0; o < FSM_OPERAND_COUNT; o++)
+        if (at->at[o]) at->at[o] += rows * lane_step(p, o);
 }
 
 /* The run of operand x at element i of the axis; `step` is the one along the run. What is fused
@@ -426,8 +431,7 @@ static void fill_special(const fsm_plan *p, unit_place at, const fsm_state *st, 
             p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT),
                               p->dtype[FSM_OUT], scratch, k);
         }
-        for (int o = 0; o < FSM_OPERAND_COUNT && l + 1 < at.rows; o++)
-            at.at[o] += at.at[o] ? lane_step(p, o) : 0;
+        if (l + 1 < at.rows) advance(p, &at, 1);
     }
 }
 
@@ -454,8 +458,8 @@ static void direct_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
         const unit_place at = place_of(p, r);
         const fsm_rows rows = {.x = at.at[FSM_X],
                                .out = at.at[FSM_OUT],
-                               .x_stride = p->row_ndim ? lane_step(p, FSM_X) : 0,
-                               .out_stride = p->row_ndim ? lane_step(p, FSM_OUT) : 0,
+                               .x_stride = lane_step(p, FSM_X),
+                               .out_stride = lane_step(p, FSM_OUT),
                                .rows = k,
                                .n = p->n,
                                .x_dtype = p->dtype[FSM_X],
@@ -479,15 +483,12 @@ static void load_additive(const fsm_plan *p, const unit_place *at, char *to) {
 
 /* Rows whose maximum is not finite are NaN by now, every element of them: their entries that take
  * no part are made so. */
-static void mend_special(const fsm_plan *p, const unit_place *at, ptrdiff_t rows, char *scratch) {
+static void mend_special(const fsm_plan *p, unit_place at, ptrdiff_t rows, char *scratch) {
     fsm_state st = {.lanes = 1};
-    unit_place row = *at;
-    row.rows = 1;
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        const fsm_run first = {.x = row.at[FSM_OUT], .x_dtype = p->dtype[FSM_OUT]};
+    for (ptrdiff_t r = 0; r < rows; r++, advance(p, &at, 1)) {
+        const fsm_run first = {.x = at.at[FSM_OUT], .x_dtype = p->dtype[FSM_OUT]};
         p->kernels->load(&st.max, &first, 1);
-        if (is_special(p, &st, 0)) fill_special(p, row, &st, scratch);
-        for (int o = 0; o < FSM_OPERAND_COUNT; o++) row.at[o] += row.at[o] ? lane_step(p, o) : 0;
+        if (is_special(p, &st, 0)) fill_special(p, at, &st, scratch);
     }
 }
 
@@ -497,8 +498,7 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
     const ptrdiff_t part = p->scratch_elements / 3 * p->real_size;
     char *z = scratch_of(p, thread), *e = z + part, *additive = e + part;
     const int hiding = p->data[FSM_BIAS] || p->data[FSM_WHERE];
-    const int shared =
-        !p->row_ndim || (lane_step(p, FSM_BIAS) == 0 && lane_step(p, FSM_WHERE) == 0);
+    const int shared = lane_step(p, FSM_BIAS) == 0 && lane_step(p, FSM_WHERE) == 0;
     for (ptrdiff_t r = begin + p->unit, k; r < end + p->unit; r += k) {
         k = least(inner - r % inner, end + p->unit - r);
         unit_place at = place_of(p, r);
@@ -506,16 +506,12 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
         for (ptrdiff_t i = 0, rows; i < k; i += rows) {
             rows = least(k - i, p->block);
             unit_place row = at;
-            for (ptrdiff_t j = 0; j < rows; j++) {
-                if (hiding && !shared) load_additive(p, &row, additive + j * p->n * p->real_size);
-                for (int o = 0; o < FSM_OPERAND_COUNT && p->row_ndim; o++)
-                    row.at[o] += row.at[o] ? lane_step(p, o) : 0;
-            }
-            const ptrdiff_t x_stride = p->row_ndim ? lane_step(p, FSM_X) : 0;
+            for (ptrdiff_t j = 0; j < rows && hiding && !shared; j++, advance(p, &row, 1))
+                load_additive(p, &row, additive + j * p->n * p->real_size);
             const fsm_fuse fuse = {.x = at.at[FSM_X],
                                    .scale = at.at[FSM_SCALE],
-                                   .x_stride = x_stride,
-                                   .scale_stride = p->row_ndim ? lane_step(p, FSM_SCALE) : 0,
+                                   .x_stride = lane_step(p, FSM_X),
+                                   .scale_stride = lane_step(p, FSM_SCALE),
                                    .rows = rows,
                                    .n = p->n,
                                    .x_dtype = p->dtype[FSM_X],
@@ -526,15 +522,15 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
             const fsm_rows of = {.x = z,
                                  .out = at.at[FSM_OUT],
                                  .x_stride = p->n * p->real_size,
-                                 .out_stride = p->row_ndim ? lane_step(p, FSM_OUT) : 0,
+                                 .out_stride = lane_step(p, FSM_OUT),
                                  .rows = rows,
                                  .n = p->n,
                                  .x_dtype = p->compute,
                                  .out_dtype = p->dtype[FSM_OUT],
                                  .scratch = e};
             if (p->kernels->rows(p->op, &of) && hiding && p->op != FSM_LOGSUMEXP)
-                mend_special(p, &at, rows, z);
-            at = row;
+                mend_special(p, at, rows, z);
+            advance(p, &at, rows);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""The examples that users read are run: docstrings, the oracle's docstrings, the README."""
+"""The examples that users read are run: docstrings, those of compat and the oracle, the README."""
 
 import doctest
 import inspect
@@ -10,7 +10,8 @@ import pytest
 from common import PUBLIC
 
 import fastsoftmax as fs
-from fastsoftmax import reference
+from fastsoftmax import compat, reference
+from fastsoftmax.compat import scipy, torch
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 README = Path(__file__).parents[1] / "README.md"
@@ -45,20 +46,38 @@ def test_public_docstring(name):
 @pytest.mark.parametrize("name", [n for n in PUBLIC if "softm" in n or n == "logsumexp"])
 def test_public_docstring_is_numpydoc(name):
     """Sections, and a line for every parameter."""
-    doc = inspect.getdoc(getattr(fs, name))
+    assert_numpydoc(getattr(fs, name))
+
+
+def assert_numpydoc(function):
+    name, doc = function.__name__, inspect.getdoc(function)
     for section in ("Parameters\n----------", "Returns\n-------", "Examples\n--------"):
         assert section in doc, f"{name}: no section {section.splitlines()[0]}"
     parameters = doc.split("Parameters\n----------\n")[1].split("Returns\n-------")[0]
     documented = set(
         re.findall(r"\w+", " ".join(re.findall(r"^(\w[\w, ]*?) ?(?::|$)", parameters, re.M)))
     )
-    missing = set(inspect.signature(getattr(fs, name)).parameters) - documented
+    missing = set(inspect.signature(function).parameters) - documented
     assert not missing, f"{name} does not document {missing}"
 
 
 def test_package_docstring():
     assert fs.__doc__
     run(fs.__doc__, "fastsoftmax", "docstring")
+
+
+@pytest.mark.parametrize("module", [scipy, torch], ids=lambda module: module.__name__)
+def test_compat(module):
+    """Every function has an example, and a line for every parameter."""
+    run(module.__doc__, module.__name__, "docstring")
+    for name in module.__all__:
+        function = getattr(module, name)
+        assert run(inspect.getdoc(function), name, "docstring"), f"{name} has no example"
+        assert_numpydoc(function)
+
+
+def test_compat_docstring():
+    assert run(compat.__doc__, "fastsoftmax.compat", "docstring")
 
 
 def test_reference():

@@ -1,0 +1,273 @@
+"""Functions on NumPy arrays with the signatures of ``torch.nn.functional`` and ``torch``.
+
+softmax, log_softmax, softmin, gumbel_softmax and scaled_dot_product_attention are those of
+``torch.nn.functional``, logsumexp is that of ``torch``.
+
+What differs from PyTorch:
+
+- Arguments are read as NumPy arrays, results are ndarrays, dtypes are NumPy's. There are no
+  gradients: fastsoftmax has functions for them.
+- dim is required; the dimension that ``torch.nn.functional`` guesses, with a warning, is refused.
+- With a narrower dtype the input is not rounded to it first: only the result is.
+- Integers give float64. PyTorch refuses them without dtype, and logsumexp makes them float32.
+- Random numbers come from NumPy: gumbel_softmax takes rng, a seed or a numpy.random.Generator. Its
+  hard samples are exactly 0 and 1.
+- In attention a query depends on what it sees alone: a NaN in a key or value that is hidden changes
+  nothing. attn_mask together with is_causal=True is an error, as PyTorch documents and does not
+  always check. attn_mask may have any floating dtype. There is no dropout.
+- Exceptions are TypeError, ValueError, numpy.exceptions.AxisError and NotImplementedError, where
+  PyTorch mostly raises RuntimeError.
+"""
+
+from operator import index
+
+import numpy as np
+
+from .. import _core
+
+__all__ = [
+    "gumbel_softmax",
+    "log_softmax",
+    "logsumexp",
+    "scaled_dot_product_attention",
+    "softmax",
+    "softmin",
+]
+
+
+def softmax(input, dim, dtype=None):
+    """Softmax along a dimension, as in PyTorch: :func:`fastsoftmax.softmax`.
+
+    Parameters
+    ----------
+    input : array_like
+        Logits.
+    dim : int
+        The dimension along which the result sums to 1.
+    dtype : dtype, optional
+        Type of the result; default: that of input, float64 for integers. The calculation takes the
+        wider of the two types.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        Of the shape of input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastsoftmax.compat.torch as F
+    >>> F.softmax(np.array([1, 2, 3], np.float16), dim=-1, dtype=np.float32)
+    array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
+    """
+    return _core.softmax(input, index(dim), dtype=dtype)
+
+
+def log_softmax(input, dim, dtype=None):
+    """Logarithm of softmax along a dimension, as in PyTorch: :func:`fastsoftmax.log_softmax`.
+
+    Parameters
+    ----------
+    input, dim, dtype
+        As for :func:`softmax`.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        Of the shape of input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastsoftmax.compat.torch as F
+    >>> F.log_softmax(np.array([1000.0, 1.0]), dim=0)
+    array([   0., -999.])
+    """
+    return _core.log_softmax(input, index(dim), dtype=dtype)
+
+
+def softmin(input, dim, dtype=None):
+    """Softmax of -input along a dimension, as in PyTorch: :func:`fastsoftmax.softmin`.
+
+    Parameters
+    ----------
+    input, dim, dtype
+        As for :func:`softmax`.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        Of the shape of input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastsoftmax.compat.torch as F
+    >>> F.softmin(np.array([1.0, 2.0, 3.0]), dim=0).round(4)
+    array([0.6652, 0.2447, 0.09  ])
+    """
+    return _core.softmin(input, index(dim), dtype=dtype)
+
+
+def logsumexp(input, dim, keepdim=False):
+    """Logarithm of a sum of exponentials, as ``torch.logsumexp``: :func:`fastsoftmax.logsumexp`.
+
+    Parameters
+    ----------
+    input : array_like
+        Exponents.
+    dim : int or sequence of ints
+        The dimension or dimensions to sum over.
+    keepdim : bool, default False
+        Leave the reduced dimensions in the result, with length 1.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        The logarithm: -inf for an empty sum.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastsoftmax.compat.torch as F
+    >>> F.logsumexp(np.zeros((2, 4)), dim=1, keepdim=True).round(4)
+    array([[1.3863],
+           [1.3863]])
+    """
+    axis = tuple(dim) if isinstance(dim, (tuple, list)) else index(dim)
+    return _core.logsumexp(input, axis, keepdims=keepdim)
+
+
+def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1, *, rng=None):
+    """Sample from the Gumbel-softmax distribution, as in PyTorch: softmax((logits + noise) / tau).
+
+    Parameters
+    ----------
+    logits : array_like
+        Logarithms of probabilities, not necessarily normalised; -inf is never drawn.
+    tau : float, default 1
+        Temperature: finite and > 0.
+    hard : bool, default False
+        Return one-hot samples: 1 where the sample is largest, else 0.
+    eps : float
+        Not used, as in PyTorch.
+    dim : int, default -1
+        The dimension along which the samples sum to 1.
+    rng : int, numpy.random.Generator or other argument of numpy.random.default_rng, optional
+        The source of random numbers. Default: a new one, seeded by the system.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        Of the shape and dtype of logits; float64 for integers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastsoftmax.compat.torch as F
+    >>> rng = np.random.default_rng(0)
+    >>> samples = F.gumbel_softmax(np.log([[0.2, 0.3, 0.5]] * 10_000), hard=True, rng=rng)
+    >>> samples.mean(axis=0).round(1)
+    array([0.2, 0.3, 0.5])
+    """
+    logits = _core._as_array(logits, "logits")
+    noise = np.random.default_rng(rng).gumbel(size=logits.shape)
+    with np.errstate(all="ignore"):  # softmax refuses a bad tau
+        noise = noise / tau
+    y = _core.softmax(logits, index(dim), bias=noise, temperature=tau)
+    if not hard or y.ndim == 0:
+        return y
+    one_hot = np.zeros_like(y)
+    np.put_along_axis(one_hot, y.argmax(dim, keepdims=True), 1, dim)
+    return one_hot + 0 * y  # rows of NaN stay NaN
+
+
+def scaled_dot_product_attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+):
+    """Attention, as in PyTorch: :func:`fastsoftmax.attention`.
+
+    Parameters
+    ----------
+    query : array_like, [..., H, L, E]
+        Queries, of one of the floating types.
+    key, value : array_like, [..., H, S, E] and [..., H, S, Ev]
+        Keys and values, of the dtype of query. Dimensions before the last two broadcast.
+    attn_mask : array_like of bool or floats, optional
+        Broadcasts to [..., H, L, S]. Of bool: a query sees a key where it is True. Of floats: added
+        to the scores.
+    dropout_p : float, default 0.0
+        Must be 0.
+    is_causal : bool, default False
+        Query i sees the keys up to i only (top-left). Not together with attn_mask.
+    scale : float, optional
+        Multiplies the products of query and key. Default: 1 / sqrt(E).
+    enable_gqa : bool, default False
+        The number of heads of key and value may be any divisor of that of query; head h attends to
+        head h // (H // G) of the G heads.
+
+    Returns
+    -------
+    ndarray, [..., H, L, Ev]
+        In the dtype of query. A query that sees nothing gives zeros.
+
+    Raises
+    ------
+    NotImplementedError
+        If dropout_p is not 0.
+    TypeError
+        For dtypes that are not supported or differ, an attn_mask of integers.
+    ValueError
+        For shapes that do not fit, heads that differ without enable_gqa, attn_mask together with
+        is_causal.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastsoftmax.compat.torch as F
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 2, 8, 5, 16), np.float32)  # batch, heads, positions, size
+    >>> y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> y.shape
+    (2, 8, 5, 16)
+    >>> mask = np.tril(np.ones((5, 5), bool))
+    >>> np.allclose(y, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-6)
+    True
+    """
+    if dropout_p:
+        raise NotImplementedError(
+            f"dropout_p must be 0, got {dropout_p!r}: dropout is for training, fastsoftmax has none"
+        )
+    named = {"query": query, "key": key, "value": value}
+    q, k, v = (_core._as_array(array, name, "attn_mask") for name, array in named.items())
+    if not enable_gqa and not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        q, k, v = _broadcast_heads(q, k, v)
+    scores = {}
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError("attn_mask and is_causal=True exclude each other")
+        mask = _core._as_array(attn_mask, "attn_mask", None)
+        if mask.dtype.kind in "iu":
+            raise TypeError(f"attn_mask must be of bool or floats, got {mask.dtype}")
+        scores["mask" if mask.dtype == bool else "bias"] = mask
+    return _core.attention(q, k, v, **scores, is_causal=is_causal, scale=scale)
+
+
+def _broadcast_heads(*qkv):
+    """Views of the same heads and leading dimensions."""
+    try:
+        lead = np.broadcast_shapes(*(array.shape[:-2] for array in qkv))
+    except ValueError:
+        shapes = ", ".join(str(array.shape) for array in qkv)
+        raise ValueError(
+            "query, key and value must have the same number of heads, unless enable_gqa=True, and "
+            f"leading dimensions that broadcast, got shapes {shapes}"
+        ) from None
+    return (np.broadcast_to(array, lead + array.shape[-2:]) for array in qkv)
