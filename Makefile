@@ -30,8 +30,9 @@ format:  ## format the sources in place
 	ruff format .
 	$(CLANG_FORMAT) -i $(C_FILES)
 
-# The C library without Python: tests/c/driver.c under the sanitizers, and, with fewer tests, valgrind,
-# which watches the ends of arrays itself and has no AVX-512.
+# The C library without Python: the drivers in tests/c under the sanitizers, and, with fewer tests,
+# valgrind, which watches the ends of arrays itself and has no AVX-512.
+DRIVERS = driver attention_driver
 ISAS = scalar $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
 FLAGS_isa_avx2 = -mavx2 -mfma -mf16c
 FLAGS_isa_avx512 = $(FLAGS_isa_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
@@ -39,24 +40,26 @@ DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fope
 	$(if $(filter avx2,$(ISAS)),-DFSM_HAVE_AVX2 -DFSM_HAVE_AVX512)
 FLAGS_sanitize = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 FLAGS_valgrind = -O2 -DGUARD=0 -DONE_IN=17
+LIBRARY = dispatch parallel softmax attention $(ISAS:%=isa_%)
+VALGRIND = valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
+	--show-leak-kinds=definite
 vpath %.c src_c tests/c
 
-define driver_for
-build/$(1)/driver: $(patsubst %,build/$(1)/%.o,dispatch parallel softmax $(ISAS:%=isa_%) driver)
+define drivers_for
+$(DRIVERS:%=build/$(1)/%): %: %.o $(LIBRARY:%=build/$(1)/%.o)
 	$$(CC) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) -o $$@ $$^ -lm
 
 build/$(1)/%.o: %.c $(C_FILES) Makefile
 	@mkdir -p $$(@D)
 	$$(CC) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) $$(FLAGS_$$*) -c -o $$@ $$<
 endef
-$(foreach tool,sanitize valgrind,$(eval $(call driver_for,$(tool))))
+$(foreach tool,sanitize valgrind,$(eval $(call drivers_for,$(tool))))
 
-sanitize: build/sanitize/driver  ## run the C driver under ASan and UBSan
-	$<
+sanitize: $(DRIVERS:%=build/sanitize/%)  ## run the C drivers under ASan and UBSan
+	set -e; for driver in $^; do $$driver; done
 
-valgrind: build/valgrind/driver  ## run part of it under valgrind
-	valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
-		--show-leak-kinds=definite $< $(filter-out avx512,$(ISAS))
+valgrind: $(DRIVERS:%=build/valgrind/%)  ## run part of them under valgrind
+	set -e; for driver in $^; do $(VALGRIND) $$driver $(filter-out avx512,$(ISAS)); done
 
 clean:  ## remove what was built here
 	rm -rf build dist *.egg-info fastsoftmax/*.so fastsoftmax/*.pyd

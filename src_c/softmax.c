@@ -415,9 +415,11 @@ static pass_id after_pass(const fsm_plan *p, pass_id pass, fsm_state *st) {
     return PASS_END;
 }
 
+static double max_of(const fsm_plan *p, const fsm_state *st, int lane) {
+    return p->compute == FSM_F64 ? st->max.f64[lane] : (double)st->max.f32[lane];
+}
 static int is_special(const fsm_plan *p, const fsm_state *st, int lane) {
-    const double m = p->compute == FSM_F64 ? st->max.f64[lane] : (double)st->max.f32[lane];
-    return m - m != 0;
+    return max_of(p, st, lane) - max_of(p, st, lane) != 0;
 }
 
 /* Rows without a finite maximum: NaN where they take part, elsewhere 0 (log_softmax: -inf). */
@@ -487,8 +489,8 @@ static void mend_special(const fsm_plan *p, unit_place at, ptrdiff_t rows, char 
     fsm_state st = {.lanes = 1};
     for (ptrdiff_t r = 0; r < rows; r++, advance(p, &at, 1)) {
         const fsm_run first = {.x = at.at[FSM_OUT], .x_dtype = p->dtype[FSM_OUT]};
-        p->kernels->load(&st.max, &first, 1);
-        if (is_special(p, &st, 0)) fill_special(p, at, &st, scratch);
+        p->kernels->load(&st.max, &first, 1); /* not a maximum, but NaN if that is special */
+        if (max_of(p, &st, 0) != max_of(p, &st, 0)) fill_special(p, at, &st, scratch);
     }
 }
 

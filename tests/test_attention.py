@@ -23,6 +23,7 @@ from common import (
     WIDE,
     Attention,
     Size,
+    assert_canonical_nan,
     assert_plus_zero,
     assert_same_bits,
     compute_type,
@@ -48,10 +49,9 @@ every_single = pytest.mark.parametrize("dtype", SINGLES, ids=dtype_id)
 
 # --- options --------------------------------------------------------------------------------------
 
-
 COMBINATIONS = {
     "none": [()],
-    "alone": None,
+    "alone": [(name,) for name in ATTENTION_OPTIONS],
     "pairs": [*itertools.combinations(ATTENTION_OPTIONS, 2)],
     "some": [
         tuple(name for name in ATTENTION_OPTIONS if rng("some", i, name).random() < 0.5)
@@ -68,8 +68,11 @@ def calls_with_options(dtype, count):
     r = rng("options", dtype.name, count)
     qkv = SIZE.qkv(dtype, count)
     if count == "alone":
-        forms = [(n, form) for n, forms in ATTENTION_OPTIONS.items() for form in forms.values()]
-        options = [{name: form(r, SIZE)} for name, form in forms]
+        options = [
+            {name: form(r, SIZE)}
+            for (name,) in COMBINATIONS[count]
+            for form in ATTENTION_OPTIONS[name].values()
+        ]
     else:
         options = [{n: some_option(n, r, SIZE) for n in names} for names in COMBINATIONS[count]]
     return [Attention(*qkv, **o) for o in options]
@@ -150,15 +153,8 @@ def test_byte_swapped_and_converted_inputs(isa, dtype):
     sinks, slopes = r.normal(0, 1, (2, SIZE.heads)).astype(F16)
     want = fs.attention(q, k, v, bias=bias, sinks=sinks, alibi_slopes=slopes)
     for wider in (F32, F64, F32.newbyteorder(">"), F64.newbyteorder(">")):
-        got = fs.attention(
-            q,
-            k,
-            v,
-            bias=bias.astype(wider),
-            sinks=sinks.astype(wider),
-            alibi_slopes=slopes.astype(wider),
-        )
-        assert_same_bits(got, want, wider)
+        wide = {"sinks": sinks.astype(wider), "alibi_slopes": slopes.astype(wider)}
+        assert_same_bits(fs.attention(q, k, v, bias=bias.astype(wider), **wide), want, wider)
     want = fs.attention(q, k, v, q_offset=np.array([3, 4]), kv_lengths=50, is_causal=True)
     for kind in ("i1", "u1", ">i2", "<u4", "i8", "u8"):
         offset, lengths = np.array([3, 4], kind), np.array(50, kind)
@@ -199,6 +195,7 @@ SHAPES = {
     "one query, grouped": ((2, 32, 1, 16), (2, 4, 129, 16), (2, 4, 129, 16)),
     "one query, a group of seven": ((7, 1, 16), (1, 200, 16), (1, 200, 5)),
     "one query, 35 heads of one": ((35, 1, 16), (1, 200, 16), (1, 200, 5)),
+    "one query, 35 heads of one, many keys": ((2, 35, 1, 7), (2, 1, 1200, 7), (1, 1200, 5)),
     "three queries, 35 heads of one": ((35, 3, 16), (1, 200, 16), (1, 200, 5)),
     "two queries, grouped": ((32, 2, 16), (4, 129, 16), (4, 129, 16)),
     "one key": ((2, 50, 8), (2, 1, 8), (2, 1, 4)),
@@ -215,7 +212,7 @@ def call_of_shape(name, dtype, options):
     if "kv_lengths" in options:
         options["kv_lengths"] = r.integers(1, k.shape[-2] + 1, lead)
     if "bias" in options:
-        heads = q.shape[-3:-2] if q.ndim > 2 else k.shape[-3:-2] and (1,)
+        heads = q.shape[-3:-2]  # none in 2-D: broadcast
         options["bias"] = r.normal(0, 1, (*heads, q.shape[-2], k.shape[-2]))
     return Attention(q, k, v, **options)
 
@@ -384,6 +381,10 @@ def test_positions_far_away(isa, dtype):
             assert_same_bits(got, all_keys, far)
         got = fs.attention(q, k, v, window=(far, far), q_offset=5)
         assert_same_bits(got, all_keys, ("window", far))
+    # A window that reaches from there to all keys.
+    widest = 2**63 - 1
+    for offset, window in ((2**61, (widest, None)), (-(2**61), (None, widest))):
+        assert_same_bits(fs.attention(q, k, v, window=window, q_offset=offset), all_keys, offset)
     mixed = fs.attention(q, k, v, is_causal=True, q_offset=np.array([2**62, -(2**62)]))
     assert_same_bits(mixed, np.stack([all_keys[0], none[1]]))
 
@@ -483,8 +484,7 @@ def test_a_real_layer(isa, dtype, record_max):
     Attention(q, k, v, mask=mask).check(record_max, "a real layer")
 
 
-@pytest.mark.parametrize("queries", [1, 200])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("queries, is_causal", [(1, False), (200, False), (200, True)])
 def test_no_worse_than_torch(isa, queries, is_causal, record_max):
     """The typical error, in units of 2^-24 sum(w |v|), beside that of torch on the same data."""
     torch = pytest.importorskip("torch")
@@ -789,13 +789,21 @@ def test_merge_of_specials(isa, dtype):
                 assert_same_bits(got, lse)
                 assert_plus_zero(out[1])
                 assert_same_bits(np.delete(out, 1, 0), np.delete(columns, 1, 0), rubbish)
+        # A NaN of the other sign and with a payload, as arithmetic may leave it.
         spoiled = lse.copy()
-        spoiled[3] = nan
+        spoiled.view(f"i{inner.itemsize}")[3] = -1
         clean, _ = fs.merge_attention(columns, lse, columns[::-1], lse)
         for a, b in ((spoiled, lse), (lse, spoiled)):
             out, got = fs.merge_attention(columns, a, columns[::-1], b)
-            assert np.isnan(out[3]).all() and np.isnan(got[3])
+            assert_canonical_nan(out[3])
+            assert_canonical_nan(got[3])
             assert_same_bits(np.delete(out, 3, 0), np.delete(clean, 3, 0))
+        spoiled = columns.copy()
+        spoiled.view(f"i{dtype.itemsize}")[3] = -1
+        for a, b in ((spoiled, columns), (columns, spoiled)):
+            out, got = fs.merge_attention(a, lse, b, lse)
+            assert_canonical_nan(out[3])
+            assert np.isfinite(np.delete(out, 3, 0).astype(F64)).all() and not np.isnan(got).any()
 
 
 @every_dtype

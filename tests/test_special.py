@@ -613,3 +613,17 @@ def test_a_row_of_one_is_certain(isa):
         assert (fs.softmax(x) == 1).all()
         assert (fs.log_softmax(x) == 0).all()
         assert (fs.logsumexp(x, axis=1) == x[:, 0]).all()
+
+
+@pytest.mark.parametrize("n", [3, 40, 1030])
+def test_a_special_row_among_masked_ones(isa, n):
+    """Rows are masked some at a time: one that is NaN, or empty, leaves the others as they are."""
+    x, where = normal((9, n), F32), np.ones((9, n), bool)
+    where[:, 0] = False  # -inf in log_softmax, which does not make the row special
+    x[4, 1] = np.nan
+    where[6] = False
+    for function in (fs.softmax, fs.log_softmax):
+        got = function(x, where=where)
+        for row in range(9):
+            assert_same_bits(got[row], function(x[row], where=where[row]), row)
+        assert np.isnan(got[4, 1:]).all() and not np.isnan(np.delete(got, 4, 0)).any()

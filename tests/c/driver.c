@@ -9,52 +9,20 @@
  *     the scalar kernels   given each row alone, contiguous, on one thread: bit for bit
  *     long double          a plain evaluation, loosely: accuracy is tested from Python
  *     guards               around the arrays and in their gaps nothing may be written, nor read
- *
- * Guards have all bits set and so are NaN: a read that no tool sees (GCC's ASan is blind to masked
- * vector loads) spoils the results.
  */
-#define _POSIX_C_SOURCE 200112L
-#include "fastsoftmax.h"
-
-#include <fenv.h>
-#include <math.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
-#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
-#endif
-#ifndef GUARD /* bytes on either side of an array; 0 where a tool watches the ends of each malloc */
-#define GUARD 64
-#endif
-#ifndef ONE_IN /* for slow machines: run one test in so many */
-#define ONE_IN 1
-#endif
-#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
+#include "harness.h"
 
 /* ---- what a test is ---- */
 
-/* order: of the dimensions r, s (rows) and a, b (axis), the last moves fastest. step: elements from
- * one to the next. pad: further ones between runs of the last dimension. back: 1, the rows lie in
- * reverse, 2, the axis does. skew: bytes off the alignment. */
-static const struct {
-    const char *name, *order;
-    int step, pad, back, skew;
-} layouts[] = {
+/* Of the dimensions r, s (rows) and a, b (axis). */
+static const layout layouts[] = {
     {"contiguous", "rsab", 1, 0, 0, 0},    {"columns", "abrs", 1, 0, 0, 0},
     {"unaligned", "rsab", 1, 0, 0, 1},     {"padded", "rsab", 1, 5, 0, 0},
     {"every third", "rsab", 3, 0, 0, 0},   {"unaligned columns", "abrs", 1, 3, 0, 1},
     {"middle axis", "rabs", 1, 0, 0, 0},   {"axis split", "arbs", 1, 0, 0, 0},
     {"rows split", "rasb", 1, 0, 0, 0},    {"axis transposed", "rsba", 1, 0, 0, 0},
-    {"rows reversed", "rsab", 1, 0, 1, 0}, {"axis reversed", "rsab", 1, 0, 2, 1},
-    {"all reversed", "abrs", 2, 1, 3, 0},
+    {"rows reversed", "rsab", 1, 0, 3, 0}, {"axis reversed", "rsab", 1, 0, 12, 1},
+    {"all reversed", "abrs", 2, 1, 15, 0},
 };
 enum { CONTIGUOUS, COLUMNS, UNALIGNED, PADDED, EVERY_THIRD, UNALIGNED_COLUMNS, MIDDLE_AXIS };
 
@@ -70,20 +38,6 @@ typedef struct {
     int special, small;           /* rows with NaN, inf and so on; by fsm_softmax_small */
 } test;
 
-static const char *const type_names[] = {"f16", "bf16", "f32", "f64", "i8",  "i16",
-                                         "i32", "i64",  "u8",  "u16", "u32", "u64"};
-static const int sizes[] = {2, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8};
-static const struct {
-    double ulp, least, most; /* of 1; the smallest and the largest number */
-} floats[] = {{0x1p-10, 0x1p-24, 65504},
-              {0x1p-7, 0x1p-133, 0x1.fep127},
-              {0x1p-23, 0x1p-149, 0x1.fffffep127},
-              {0x1p-52, 0x1p-1074, 0x1.fffffffffffffp1023}};
-
-static const fsm_isa *isas[8], *scalar;
-static int isa_count;
-static atomic_long passed, failed;
-
 static int is_reduction(fsm_op op) { return op == FSM_LOGSUMEXP || op == FSM_LOGSUMEXP_WEIGHTED; }
 static int is_backward(fsm_op op) { return op >= FSM_SOFTMAX_BACKWARD; }
 static ptrdiff_t rows_of(const test *t) { return t->shape[0] * t->shape[1]; }
@@ -98,8 +52,7 @@ static void expect(int ok, const test *t, const fsm_isa *isa, const char *what, 
                                       "weighted", "softmax_backward", "log_softmax_backward"};
     static const char *const names[] = {"x", "y", "bias", "where", "scale", "out", "sign"};
     static const char *const still[] = {"", " still in all rows", " still along axis", " still"};
-    atomic_fetch_add(ok ? &passed : &failed, 1);
-    if (ok || failed > 20) return; /* enough to read */
+    if (!tell(ok)) return;
     printf("FAILED on %s: %s, result %td\n    %s in %s, shape (%td %td, %td %td), %d threads",
            fsm_isa_name(isa), what, at, ops[t->op], type_names[t->compute], t->shape[0],
            t->shape[1], t->shape[2], t->shape[3], t->threads);
@@ -113,51 +66,8 @@ static void expect(int ok, const test *t, const fsm_isa *isa, const char *what, 
 
 /* ---- elements ---- */
 
-/* Halves are cut off, not rounded, and f16 has no subnormals: any number will do. */
-static void encode(fsm_dtype type, double v, void *to) {
-    uint64_t bits;
-    if (type == FSM_F64) memcpy(&bits, &v, sizeof v);
-    else if (type > FSM_F64) bits = v < 0 ? (uint64_t)(int64_t)v : (uint64_t)v;
-    else {
-        const float f = (float)v;
-        uint32_t u, low, sign;
-        memcpy(&u, &f, sizeof u);
-        low = u & 0x7fffffff;
-        sign = u >> 16 & 0x8000;
-        if (type == FSM_F32) bits = u;
-        else if (type == FSM_BF16) bits = u >> 16;
-        else if (low > 0x7f800000) bits = 0x7e00;
-        else if (low >= 0x47800000) bits = sign | 0x7c00;
-        else bits = sign | (low < 0x38800000 ? 0 : (low - 0x38000000) >> 13);
-    }
-    switch (sizes[type]) {
-    case 1: memcpy(to, &(uint8_t){(uint8_t)bits}, 1); break;
-    case 2: memcpy(to, &(uint16_t){(uint16_t)bits}, 2); break;
-    case 4: memcpy(to, &(uint32_t){(uint32_t)bits}, 4); break;
-    default: memcpy(to, &bits, 8);
-    }
-}
-
-static double decode(fsm_dtype type, const void *from) { /* one of the floating types */
-    double d;
-    float f;
-    uint16_t h;
-    if (type == FSM_F64) return memcpy(&d, from, sizeof d), d;
-    if (type == FSM_F32) return memcpy(&f, from, sizeof f), f;
-    memcpy(&h, from, sizeof h);
-    const int bits = type == FSM_F16 ? 10 : 7, one = 1 << bits, most = (1 << (15 - bits)) - 1;
-    const int e = h >> bits & most, m = h & (one - 1);
-    if (e == most) d = m ? NAN : INFINITY;
-    else d = e ? ldexp(one + m, e - most / 2 - bits) : ldexp(m, 1 - most / 2 - bits);
-    return h & 0x8000 ? -d : d;
-}
-
-static uint64_t hash(fsm_operand o, ptrdiff_t r, ptrdiff_t i) { /* splitmix64 */
-    uint64_t h = ((uint64_t)r * 8 + (uint64_t)o) * 0xd1b54a32d192ed03 + (uint64_t)i;
-    h *= 0x9e3779b97f4a7c15;
-    h = (h ^ h >> 30) * 0xbf58476d1ce4e5b9;
-    h = (h ^ h >> 27) * 0x94d049bb133111eb;
-    return h ^ h >> 31;
+static uint64_t hash(fsm_operand o, ptrdiff_t r, ptrdiff_t i) {
+    return mix(((uint64_t)r * 8 + (uint64_t)o) * 0xd1b54a32d192ed03 + (uint64_t)i);
 }
 
 /* Element i of row r of an operand. Special rows come in turns. */
@@ -203,24 +113,10 @@ static double value(const test *t, fsm_operand o, ptrdiff_t r, ptrdiff_t i) {
 }
 
 static double stored(const test *t, fsm_operand o, ptrdiff_t r, ptrdiff_t i) {
-    char bytes[8];
-    if (t->type[o] > FSM_F64) return value(t, o, r, i);
-    encode(t->type[o], value(t, o, r, i), bytes);
-    return decode(t->type[o], bytes);
+    return rounded_to(t->type[o], value(t, o, r, i));
 }
 
 /* ---- arrays ---- */
-
-typedef struct {
-    char *block, *copy, *first; /* with its guards; as it was (an input); element (0, 0, 0, 0) */
-    ptrdiff_t size, stride[4];
-} array;
-
-static void *allocate(ptrdiff_t bytes) {
-    void *p = malloc((size_t)bytes);
-    if (!p) abort();
-    return p;
-}
 
 static char *element(const test *t, const array *a, ptrdiff_t r, ptrdiff_t i) {
     const ptrdiff_t s = t->shape[1], b = t->shape[3], *stride = a->stride;
@@ -228,54 +124,26 @@ static char *element(const test *t, const array *a, ptrdiff_t r, ptrdiff_t i) {
 }
 
 static array new_array(const test *t, fsm_operand o) {
-    const int at = t->layout[o], size = sizes[t->type[o]];
     const int reduced = o == FSM_SCALE || (is_reduction(t->op) && o >= FSM_OUT);
-    ptrdiff_t pitch = size * layouts[at].step, extent = size, start = 0;
-    array a = {0};
-    for (int k = 3; k >= 0; k--) {
-        const int d = (int)(strchr("rsab", layouts[at].order[k]) - "rsab"), kind = d < 2 ? 1 : 2;
-        if ((kind == 2 && reduced) || (t->still[o] & kind && !t->spread)) continue;
-        const ptrdiff_t reach = (t->shape[d] - 1) * pitch;
-        a.stride[d] = layouts[at].back & kind ? -pitch : pitch;
-        start += layouts[at].back & kind ? reach : 0;
-        extent += reach;
-        pitch = pitch * t->shape[d] + (k == 3 ? layouts[at].pad * size : 0);
+    ptrdiff_t extent[4];
+    for (int d = 0; d < 4; d++) {
+        const int kind = d < 2 ? 1 : 2, still = t->still[o] & kind && !t->spread;
+        extent[d] = still || (kind == 2 && reduced) ? STILL : t->shape[d];
     }
-    a.size = GUARD + layouts[at].skew + extent + GUARD;
-    a.block = memset(allocate(a.size), 0xff, (size_t)a.size);
-    a.first = a.block + GUARD + layouts[at].skew + start;
-    if (o < FSM_OUT) {
-        for (ptrdiff_t r = 0; r < rows_of(t); r++)
-            for (ptrdiff_t i = 0; i < (reduced ? 1 : length_of(t)); i++)
-                encode(t->type[o], value(t, o, t->first + r, i), element(t, &a, r, i));
-        a.copy = memcpy(allocate(a.size), a.block, (size_t)a.size);
-    }
-    ASAN_POISON_MEMORY_REGION(a.block, GUARD);
-    ASAN_POISON_MEMORY_REGION(a.block + a.size - GUARD, GUARD);
+    array a = new_blank(&layouts[t->layout[o]], "rsab", extent, sizes[t->type[o]]);
+    for (ptrdiff_t r = 0; o < FSM_OUT && r < rows_of(t); r++)
+        for (ptrdiff_t i = 0; i < (reduced ? 1 : length_of(t)); i++)
+            encode(t->type[o], value(t, o, t->first + r, i), element(t, &a, r, i));
+    guard(&a, o < FSM_OUT);
     return a;
-}
-
-static void free_array(array *a) {
-    free(a->block);
-    free(a->copy);
-}
-
-static int is_untouched(const array *a) {
-    ASAN_UNPOISON_MEMORY_REGION(a->block, a->size);
-    return memcmp(a->block, a->copy, (size_t)a->size) == 0;
 }
 
 /* Moves the results out, row by row. True if nothing but guards is left. */
 static int take_out(const test *t, const array *a, char *to) {
-    const size_t size = (size_t)sizes[t->type[FSM_OUT]];
+    const int size = sizes[t->type[FSM_OUT]];
     for (ptrdiff_t r = 0; r < rows_of(t); r++)
-        for (ptrdiff_t i = 0; i < width_of(t); i++, to += size) {
-            char *from = element(t, a, r, i);
-            memcpy(to, from, size);
-            memset(from, 0xff, size);
-        }
-    ASAN_UNPOISON_MEMORY_REGION(a->block, a->size);
-    return a->block[0] == (char)0xff && !memcmp(a->block, a->block + 1, (size_t)a->size - 1);
+        for (ptrdiff_t i = 0; i < width_of(t); i++, to += size) take(element(t, a, r, i), to, size);
+    return is_blank(a);
 }
 
 /* ---- running a test ---- */
@@ -395,10 +263,9 @@ static void evaluate(const test *t, ptrdiff_t r, entry *e) {
     e->unit += all / fabsl(sum); /* cancellation */
 }
 
-/* In units; more where long double is no finer than double, as under valgrind. */
+/* In units. */
 static int tolerance(const test *t) {
-    volatile long double one = 1;
-    return t->compute == FSM_F64 && one + 0x1p-60L == one ? 4096 : 4;
+    return t->compute == FSM_F64 && !has_long_double() ? 4096 : 4;
 }
 
 static int agrees(const test *t, double got, long double want, long double unit) {
@@ -708,25 +575,12 @@ static const struct {
     GROUP(odds_and_ends)};
 
 int main(int argc, char **argv) {
-    for (int i = 0; fsm_isa_at(i); i++) {
-        int chosen = argc == 1;
-        scalar = fsm_isa_at(i); /* the last one */
-        for (int k = 1; k < argc; k++) chosen |= strcmp(argv[k], fsm_isa_name(scalar)) == 0;
-        if (chosen) isas[isa_count++] = scalar;
-    }
-    if (isa_count < argc - 1) {
-        fprintf(stderr, "usage: %s [ISA...]; here there is", argv[0]);
-        for (int i = 0; fsm_isa_at(i); i++) fprintf(stderr, " %s", fsm_isa_name(fsm_isa_at(i)));
-        return fputs("\n", stderr), 2;
-    }
+    choose_isas(argc, argv);
     for (int g = 0; g < COUNT(groups); g++) {
         const long good = passed, bad = failed;
         const time_t start = time(NULL);
         for (fsm_op op = 0; op < FSM_OP_COUNT; op++) groups[g].run(op);
-        printf("%-13s %7ld passed, %ld failed, %ld s\n", groups[g].name, passed - good,
-               failed - bad, (long)(time(NULL) - start));
-        fflush(stdout);
+        report(groups[g].name, good, bad, start);
     }
-    printf("%ld passed, %ld failed\n", (long)passed, (long)failed);
-    return failed != 0;
+    return total();
 }
