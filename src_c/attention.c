@@ -88,7 +88,7 @@ fsm_status fsm_attention_new(fsm_attention_plan **result, const fsm_attention *p
     if (p->places == 0 || a->heads == 0 || a->queries == 0) return FSM_DONE;
     p->share = a->heads / a->kv_heads;
     /* Beyond any array: sums of these and of positions do not overflow. */
-    const ptrdiff_t far = PTRDIFF_MAX / 4;
+    const ptrdiff_t far = PTRDIFF_MAX / 2;
     p->problem.left = least(a->left, far);
     p->problem.right = least(a->right, far);
 
@@ -202,8 +202,8 @@ static void query_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
 
 /* ---- one query ---- */
 
-static char *result_of(const fsm_attention_plan *p, ptrdiff_t unit, ptrdiff_t part) {
-    return p->results + (unit * p->parts + part) * p->part_size;
+static char *results_of(const fsm_attention_plan *p, ptrdiff_t unit) {
+    return p->results + unit * p->parts * p->part_size;
 }
 
 static fsm_attend decode_at(const fsm_attention_plan *p, ptrdiff_t unit, int thread) {
@@ -216,8 +216,10 @@ static void key_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t end)
     for (ptrdiff_t i = begin; i < end; i++) {
         const ptrdiff_t unit = i / p->parts, part = i % p->parts, first = part * p->part_keys;
         const fsm_attend a = decode_at(p, p->unit + unit, thread);
+        /* the last chunk of heads may be smaller, and so are its parts */
+        const ptrdiff_t size = p->kernels->decode_part(a.v_depth, a.heads) * p->real_size;
         p->kernels->decode(&a, first, least(first + p->part_keys, a.keys),
-                           result_of(p, unit, part));
+                           results_of(p, unit) + part * size);
     }
 }
 
@@ -225,7 +227,7 @@ static void key_ends(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) 
     const fsm_attention_plan *p = context;
     for (ptrdiff_t unit = begin; unit < end; unit++) {
         const fsm_attend a = decode_at(p, p->unit + unit, thread);
-        p->kernels->decode_end(&a, result_of(p, unit, 0), p->parts);
+        p->kernels->decode_end(&a, results_of(p, unit), p->parts);
     }
 }
 
