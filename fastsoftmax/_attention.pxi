@@ -292,7 +292,8 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
     bfloat16: the calculation is in float32, rounded once, so the result is within 1 ulp of that.
 
     The bits of a query's result do not depend on threads, batch, heads, strides, or the other
-    queries, except that a single query (Q = 1) is calculated in another order.
+    queries, except that a single query (Q = 1) is calculated in another order: both results are
+    within the bound above.
 
     Examples
     --------

@@ -227,6 +227,7 @@ SUITES = {
             Attention((1, 12, 12, 128, 128, 64)),
         ],
         "causal": [
+            Attention((1, 8, 8, 2048, 2048, 64), "causal"),
             Attention((1, 8, 8, 2048, 2048, 128), "causal"),
             Attention((1, 1, 1, 8192, 8192, 64), "causal"),
             Attention((1, 32, 8, 512, 512, 128), "causal"),
