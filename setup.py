@@ -7,6 +7,7 @@ the right answer when cross-compiling, too. FASTSOFTMAX_OPENMP=0 makes a serial 
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -53,18 +54,23 @@ class BuildExt(build_ext):
         isas = ["scalar", *filter(self.can_build, ("avx2", "avx512"))]
         ext.define_macros = [(f"FSM_HAVE_{isa.upper()}", "1") for isa in isas]
         ext.extra_compile_args = self.flags("compile")
-        ext.extra_objects = []
-        for isa in isas:
-            ext.extra_objects += self.compiler.compile(
-                [f"src_c/isa_{isa}.c"],
-                self.build_temp,
-                include_dirs=ext.include_dirs,
-                extra_postargs=self.flags("compile", isa),
-            )
+        os.makedirs(self.build_temp, exist_ok=True)
+        with ThreadPoolExecutor() as pool:  # each takes a compiler half a minute
+            ext.extra_objects = list(pool.map(lambda isa: self.kernels(ext, isa), isas))
         if os.environ.get("FASTSOFTMAX_OPENMP") != "0" and self.can_build("openmp"):
             ext.extra_compile_args += self.flags("openmp")
             ext.extra_link_args = self.flags("link openmp")
         super().build_extension(ext)
+
+    def kernels(self, ext, isa):
+        """Compile the kernels of an ISA; the name of the object file."""
+        (name,) = self.compiler.compile(
+            [f"src_c/isa_{isa}.c"],
+            self.build_temp,
+            include_dirs=ext.include_dirs,
+            extra_postargs=self.flags("compile", isa),
+        )
+        return name
 
     def flags(self, *names):
         table = FLAGS[self.compiler.compiler_type]

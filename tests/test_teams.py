@@ -1,4 +1,7 @@
-"""Teams of threads in hard surroundings: none to be had, many callers, fork meanwhile, Ctrl-C."""
+"""Teams of threads in hard surroundings: none to be had, fork meanwhile, Ctrl-C.
+
+That many callers share the threads is tested in C (tests/c/driver.c, teams).
+"""
 
 import os
 import signal
@@ -10,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from common import F32, assert_same_bits, normal
-from test_threads import in_child, needs_openmp
+from test_threads import in_child
 
 import fastsoftmax as fs
 
@@ -63,41 +66,6 @@ with fs.num_threads(4):
     limited, free = run(code).splitlines()
     assert limited == "True 1"
     assert free in ("True 4", "True 1" if not fs.show_config("dicts")["openmp"] else "")
-
-
-@needs_openmp
-@needs_linux
-def test_many_callers_share_the_threads():
-    """At no time do more threads run than callers and CPUs: teams take what is left."""
-    code = """
-import os, threading, time
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-os.environ["OMP_WAIT_POLICY"] = "passive"  # a thread that waits sleeps
-import numpy as np, fastsoftmax as fs
-fs.set_num_threads(3)
-x = np.zeros((400, 2000), np.float32)
-stop = time.monotonic() + 2
-def work():
-    out = np.empty_like(x)
-    while time.monotonic() < stop:
-        fs.softmax(x, out=out)
-callers = [threading.Thread(target=work) for _ in range(6)]
-for caller in callers: caller.start()
-most = 0
-while time.monotonic() < stop:
-    running = 0
-    for task in os.listdir("/proc/self/task"):
-        try:
-            state = open(f"/proc/self/task/{task}/stat").read().rsplit(")", 1)[1].split()[0]
-            running += state == "R"
-        except OSError:
-            pass
-    most = max(most, running)
-for caller in callers: caller.join()
-print(most)
-"""
-    # six callers, three threads each at the most, the one that counts, and one about to sleep
-    assert 1 <= int(run(code)) <= 6 + (3 - 1) + 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

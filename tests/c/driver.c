@@ -11,6 +11,7 @@
  *     guards               around the arrays and in their gaps nothing may be written, nor read
  */
 #include "harness.h"
+#include "parallel.h"
 
 /* ---- what a test is ---- */
 
@@ -514,6 +515,35 @@ static void callers(fsm_op op) {
     for (int k = 0; k < 4; k++) pthread_join(thread[k], NULL);
 }
 
+/* Threads that compute at once: the callers, and the helpers of one of them. */
+enum { TEAM_CALLERS = 6, TEAM = 3 };
+static atomic_int inside, most_inside;
+
+static void be_inside(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
+    const int now = atomic_fetch_add(&inside, 1) + 1;
+    int most = atomic_load(&most_inside);
+    while (now > most && !atomic_compare_exchange_weak(&most_inside, &most, now)) {}
+    for (int k = 0; k < 300; k++) sched_yield(); /* time for the others to come in */
+    atomic_fetch_sub(&inside, 1);
+    (void)context, (void)thread, (void)begin, (void)end;
+}
+
+static void *team_caller(void *unused) {
+    for (int k = 0; k < 20; k++) fsm_parallel_for(TEAM, 8 * TEAM, 1, be_inside, NULL);
+    return unused;
+}
+
+static void teams(fsm_op op) {
+    const test t = usual(0, op, 1, 1);
+    pthread_t thread[TEAM_CALLERS];
+    if (op != FSM_SOFTMAX) return;
+    for (int k = 0; k < TEAM_CALLERS; k++)
+        if (pthread_create(&thread[k], NULL, team_caller, NULL)) abort();
+    for (int k = 0; k < TEAM_CALLERS; k++) pthread_join(thread[k], NULL);
+    expect(most_inside > 1 && most_inside <= TEAM_CALLERS + TEAM - 1, &t, isas[0],
+           "threads at once", most_inside);
+}
+
 /* The internal exp, against long double. */
 static void exponentials(fsm_op op) {
     for (int k = 0; k < 2 * 260 * isa_count && op == FSM_SOFTMAX; k++) {
@@ -569,10 +599,10 @@ static const struct {
     void (*run)(fsm_op);
 } groups[] = {
 #define GROUP(f) {#f, f}
-    GROUP(lengths),      GROUP(lanes),    GROUP(dtypes),       GROUP(all_layouts),
-    GROUP(zero_strides), GROUP(operands), GROUP(special_rows), GROUP(threads),
-    GROUP(long_rows),    GROUP(small),    GROUP(callers),      GROUP(exponentials),
-    GROUP(odds_and_ends)};
+    GROUP(lengths),      GROUP(lanes),        GROUP(dtypes),       GROUP(all_layouts),
+    GROUP(zero_strides), GROUP(operands),     GROUP(special_rows), GROUP(threads),
+    GROUP(long_rows),    GROUP(small),        GROUP(callers),      GROUP(teams),
+    GROUP(exponentials), GROUP(odds_and_ends)};
 
 int main(int argc, char **argv) {
     choose_isas(argc, argv);
