@@ -28,16 +28,13 @@ struct fsm_attention_plan {
     ptrdiff_t places, share; /* heads of a KV head */
     ptrdiff_t real_size, scratch_size;
     char *scratch;
-    /* many queries: units of `rows` rows, `per_place` of them */
-    ptrdiff_t rows, per_place, units, per_slice, unit;
+    /* many queries: units of `rows` rows, per_span of them in each `span` of rows, which they do not
+     * cross, and per_place at a place */
+    ptrdiff_t rows, span, per_span, per_place, units, per_slice, unit;
     /* one query: `parts` of part_keys keys, for `batch` places at a time */
     ptrdiff_t chunk, chunks, part_keys, parts, part_size, batch;
     char *results;
 };
-
-static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static ptrdiff_t most(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
-static ptrdiff_t up_to_multiple(ptrdiff_t a, ptrdiff_t of) { return (a + of - 1) / of * of; }
 
 /* ---- making a plan ---- */
 
@@ -50,14 +47,14 @@ static void cut_queries(fsm_attention_plan *p, double row_work) {
     const ptrdiff_t rows = p->share * a->queries, group = p->kernels->attend_rows;
     /* Whole heads share a unit if they are short; else a unit stays within one, where the keys that
      * causal masks and windows leave are few. */
-    const ptrdiff_t within = a->queries < group ? rows : a->queries;
-    ptrdiff_t groups = least(FSM_ATTEND_GROUPS, (within + group - 1) / group);
+    p->span = a->queries < group ? rows : a->queries;
+    ptrdiff_t groups = least(FSM_ATTEND_GROUPS, (p->span + group - 1) / group);
     while (groups > 1 && ((double)groups * (double)group * row_work > UNIT ||
                           p->places * (rows / (groups * group)) < 4 * p->threads))
         groups--;
     p->rows = groups * group;
-    p->per_place = within == rows ? (rows + p->rows - 1) / p->rows
-                                  : p->share * ((a->queries + p->rows - 1) / p->rows);
+    p->per_span = (p->span + p->rows - 1) / p->rows;
+    p->per_place = rows / p->span * p->per_span;
     p->units = p->places * p->per_place;
     const double slice = slice_work(p) / ((double)p->rows * row_work + 1);
     p->per_slice = slice < (double)p->units ? (ptrdiff_t)slice + 1 : p->units;
@@ -123,6 +120,13 @@ static char *scratch_of(const fsm_attention_plan *p, int thread) {
     return at + (-(uintptr_t)at & (FSM_ALIGN - 1));
 }
 
+/* Where element `i` lies in an array, counted in C order over the dimensions of shape. */
+static ptrdiff_t offset_of(const fsm_array *array, const ptrdiff_t *shape, int ndim, ptrdiff_t i) {
+    ptrdiff_t offset = 0;
+    for (int d = ndim - 1; d >= 0; i /= shape[d], d--) offset += i % shape[d] * array->strides[d];
+    return offset;
+}
+
 /* The operand at a leading index, `place` counting these in C order, and a head. */
 static fsm_matrix matrix_at(const fsm_attention *a, fsm_attention_operand o, ptrdiff_t place,
                             ptrdiff_t head) {
@@ -130,9 +134,7 @@ static fsm_matrix matrix_at(const fsm_attention *a, fsm_attention_operand o, ptr
     const ptrdiff_t *last = &array->strides[a->ndim];
     fsm_matrix m = {array->data, last[0], last[1], last[2]};
     if (!m.at) return (fsm_matrix){0};
-    m.at += head * m.head;
-    for (int d = a->ndim - 1; d >= 0; place /= a->shape[d], d--)
-        m.at += place % a->shape[d] * array->strides[d];
+    m.at += head * m.head + offset_of(array, a->shape, a->ndim, place);
     return m;
 }
 
@@ -184,18 +186,12 @@ static fsm_attend attend_at(const fsm_attention_plan *p, ptrdiff_t place, ptrdif
  * begun first. */
 static void query_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const fsm_attention_plan *p = context;
-    const ptrdiff_t queries = p->problem.queries, rows = p->share * queries;
     for (ptrdiff_t i = begin + p->unit; i < end + p->unit; i++) {
         const ptrdiff_t place = i / p->per_place, unit = p->per_place - 1 - i % p->per_place;
         fsm_attend a = attend_at(p, place, 0, p->share, thread);
-        const ptrdiff_t per_head = (queries + p->rows - 1) / p->rows;
-        if (p->per_place == p->share * per_head) { /* within a head */
-            a.begin = unit / per_head * queries + unit % per_head * p->rows;
-            a.end = least(a.begin + p->rows, (unit / per_head + 1) * queries);
-        } else {
-            a.begin = unit * p->rows;
-            a.end = least(a.begin + p->rows, rows);
-        }
+        const ptrdiff_t span = unit / p->per_span * p->span;
+        a.begin = span + unit % p->per_span * p->rows;
+        a.end = least(a.begin + p->rows, span + p->span);
         p->kernels->attend(&a);
     }
 }
@@ -253,11 +249,9 @@ static void merge_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
     for (ptrdiff_t r = begin; r < end; r++) {
         fsm_matrix row[FSM_MERGE_COUNT];
         for (int o = 0; o < FSM_MERGE_COUNT; o++) {
-            row[o] =
-                (fsm_matrix){.at = m->operand[o].data, .column = m->operand[o].strides[m->ndim]};
-            ptrdiff_t rest = r;
-            for (int d = m->ndim - 1; d >= 0; rest /= m->shape[d], d--)
-                row[o].at += rest % m->shape[d] * m->operand[o].strides[d];
+            const fsm_array *array = &m->operand[o];
+            row[o] = (fsm_matrix){.at = array->data + offset_of(array, m->shape, m->ndim, r),
+                                  .column = array->strides[m->ndim]};
         }
         kernels->merge_row(row, dtype, m->columns);
     }

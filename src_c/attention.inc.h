@@ -105,27 +105,11 @@ static ptrdiff_t attend_bytes(ptrdiff_t depth, ptrdiff_t v_depth) {
 /* ---- transposition: [row][n] <-> [n][GROUP] ---- */
 
 static void to_lanes(real *to, const real *rows, ptrdiff_t n) {
-    for (int g = 0; g < GROUP; g += VL)
-        for (ptrdiff_t i = 0; i < n; i += VL) {
-            const ptrdiff_t k = n - i < VL ? n - i : VL;
-            vec t[VL];
-            for (int l = 0; l < VL; l++)
-                t[l] = load_as(REAL_DTYPE, rows + (g + l) * n, i, k, v_set1(0));
-            v_transpose(t);
-            for (ptrdiff_t l = 0; l < k; l++) v_store(to + (i + l) * GROUP + g, t[l]);
-        }
+    transpose_in(to, GROUP, (const char *)rows, n * (ptrdiff_t)sizeof(real), REAL_DTYPE, GROUP, n);
 }
 
 static void from_lanes(real *rows, const real *from, ptrdiff_t n) {
-    for (int g = 0; g < GROUP; g += VL)
-        for (ptrdiff_t i = 0; i < n; i += VL) {
-            const ptrdiff_t k = n - i < VL ? n - i : VL;
-            vec t[VL];
-            for (ptrdiff_t l = 0; l < VL; l++)
-                t[l] = l < k ? v_load(from + (i + l) * GROUP + g) : v_set1(0);
-            v_transpose(t);
-            for (int l = 0; l < VL; l++) store_as(REAL_DTYPE, rows + (g + l) * n, i, k, t[l]);
-        }
+    transpose_out(from, GROUP, (char *)rows, n * (ptrdiff_t)sizeof(real), REAL_DTYPE, GROUP, n);
 }
 
 /* ---- matrix products ---- */

@@ -10,7 +10,7 @@
 #define columns_all FSM_NAME(columns_all)
 
 FSM_INLINE void columns_in(fsm_state *st, real *tile, fsm_dtype dtype, const fsm_columns *c) {
-    const ptrdiff_t size = dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
+    const ptrdiff_t size = float_size(dtype);
     vec m[FSM_LANES / VL], s[FSM_LANES / VL];
     for (int g = 0; g < st->lanes; g += VL) {
         m[g / VL] = v_set1(-INFINITY);
@@ -60,7 +60,7 @@ FSM_INLINE void columns_of(fsm_op op, fsm_dtype x_dtype, const fsm_columns *c) {
     sum_pass(&st, &t);
     finish_pass(op, &st);
     if (op == FSM_LOGSUMEXP) {
-        const ptrdiff_t size = c->out_dtype == FSM_F64 ? 8 : c->out_dtype == FSM_F32 ? 4 : 2;
+        const ptrdiff_t size = float_size(c->out_dtype);
         store_run(c->out, size, c->out_dtype, LANE(st.value[0]), c->rows);
         return;
     }

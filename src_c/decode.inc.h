@@ -69,7 +69,7 @@ typedef struct {
 static stream stream_of(const fsm_matrix *m, fsm_dtype dtype, ptrdiff_t row, ptrdiff_t rows,
                         ptrdiff_t columns, real *scratch) {
     const char *from = element(m, 0, row, 0);
-    const ptrdiff_t size = dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
+    const ptrdiff_t size = float_size(dtype);
     if (m->column == size) return (stream){from, m->row, dtype};
     fetch_rows(scratch, from, m->row, m->column, dtype, rows, columns);
     return (stream){(const char *)scratch, columns * (ptrdiff_t)sizeof(real), REAL_DTYPE};
@@ -132,7 +132,7 @@ FSM_INLINE void ask_for(const fsm_matrix *m, ptrdiff_t bytes, ptrdiff_t row, ptr
 
 FSM_INLINE void dots_of_heads(int heads, real *s, const real *q, const stream *k, ptrdiff_t depth,
                               ptrdiff_t n, const fsm_attend *ask, ptrdiff_t first) {
-    const ptrdiff_t size = k->dtype == FSM_F64 ? 8 : k->dtype == FSM_F32 ? 4 : 2;
+    const ptrdiff_t size = float_size(k->dtype);
     for (ptrdiff_t j = 0; j < n; j += VL / heads) {
         const char *at = k->at + j * k->row;
         if (ask) {
@@ -337,25 +337,24 @@ static void decode_run(const fsm_attend *a, ptrdiff_t first, ptrdiff_t last, voi
 }
 
 /* Once the state of the head is final: its weights, computed again. */
-static void decode_weights(const fsm_attend *a, const score_rule *rule, const decode_state *u,
-                           const real *state) {
-    const row_view view = view_of(a, 0);
+static void decode_weights(const fsm_attend *a, const score_rule *rule, const real *state) {
+    const decode_state u = decode_begin(a, rule);
     for (ptrdiff_t first = 0; first < a->keys; first += BLOCK) {
         const ptrdiff_t n = a->keys - first < BLOCK ? a->keys - first : BLOCK;
         int hides = 0;
-        block_scores(a, first, n, u);
+        block_scores(a, first, n, &u);
         for (ptrdiff_t h = 0; h < a->heads; h++) {
             const real max = state[2 * h], sum = state[2 * h + 1];
-            const row_view own = view_of(a, h);
-            real *s = u->s + h * BLOCK;
-            block_rule(a, rule, h, first, n, u, &hides);
+            const row_view view = view_of(a, h);
+            real *s = u.s + h * BLOCK;
+            block_rule(a, rule, h, first, n, &u, &hides);
             for (ptrdiff_t j = 0; j < n; j += VL) {
                 const vec z = v_sub(v_load(s + j), v_set1(max == -INFINITY ? 0 : max));
                 v_store(s + j, v_div(pow2(v_mul(z, v_set1(rule->c))), v_set1(sum)));
             }
             for (ptrdiff_t j = 0; j < n; j++)
                 if (first + j < view.lo || first + j > view.hi) s[j] = 0;
-                else if (sum != sum) s[j] = sees(a, &own, first + j) ? (real)NAN : 0;
+                else if (sum != sum) s[j] = sees(a, &view, first + j) ? (real)NAN : 0;
             store_run(element(&a->weights, h, 0, first), a->weights.column, a->dtype, s, n);
         }
     }
@@ -363,7 +362,6 @@ static void decode_weights(const fsm_attend *a, const score_rule *rule, const de
 
 static void decode_finish(const fsm_attend *a, void *parts, ptrdiff_t count) {
     const score_rule rule = make_rule(a);
-    const decode_state u = decode_begin(a, &rule);
     const ptrdiff_t size = a->v_depth + 2;
     real state[2 * FSM_DECODE_HEADS];
     for (ptrdiff_t h = 0; h < a->heads; h++) {
@@ -399,7 +397,7 @@ static void decode_finish(const fsm_attend *a, void *parts, ptrdiff_t count) {
         state[2 * h] = max;
         state[2 * h + 1] = sum;
     }
-    if (a->weights.at) decode_weights(a, &rule, &u, state);
+    if (a->weights.at) decode_weights(a, &rule, state);
 }
 
 /* ---- merge_attention ---- */

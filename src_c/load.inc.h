@@ -176,7 +176,7 @@ static void special_run(void *out, const fsm_run *run, ptrdiff_t n, double exclu
 static void store_run(char *out, ptrdiff_t stride, fsm_dtype dtype, const void *y, ptrdiff_t n) {
     const real *a = y;
 #if FSM_BITS == 32
-    const ptrdiff_t size = dtype == FSM_F32 ? 4 : dtype == FSM_F64 ? 8 : 2;
+    const ptrdiff_t size = float_size(dtype);
     if (stride == size && dtype != FSM_F64) {
         for (ptrdiff_t i = 0; i < n; i += VL) {
             const ptrdiff_t k = n - i < VL ? n - i : VL;

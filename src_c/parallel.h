@@ -13,6 +13,11 @@ typedef void (*fsm_body)(void *context, int thread, ptrdiff_t begin, ptrdiff_t e
  * (nearest, no flush to zero, no traps), and the caller's is as before afterwards. */
 void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context);
 
+/* For cutting work. */
+static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static inline ptrdiff_t most(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+static inline ptrdiff_t up_to_multiple(ptrdiff_t a, ptrdiff_t of) { return (a + of - 1) / of * of; }
+
 /* The floating-point mode of this thread: enter returns what to give to leave. */
 unsigned fsm_fp_enter(void);
 void fsm_fp_leave(unsigned mode);

@@ -155,7 +155,7 @@ static real end_sum(const fsm_attend *a, const score_rule *r, const row_view *vi
 
 static void fetch_rows(real *to, const char *from, ptrdiff_t row, ptrdiff_t column, fsm_dtype dtype,
                        ptrdiff_t rows, ptrdiff_t columns) {
-    const ptrdiff_t size = dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
+    const ptrdiff_t size = float_size(dtype);
     for (ptrdiff_t i = 0; i < rows; i++, from += row, to += columns) {
         if (column != size) {
             const fsm_run run = {.x = from, .x_stride = column, .x_dtype = dtype};

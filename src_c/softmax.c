@@ -70,9 +70,6 @@ struct fsm_plan {
 
 int fsm_is_small(ptrdiff_t elements) { return elements < SERIAL_BELOW; }
 
-static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static ptrdiff_t up_to_multiple(ptrdiff_t a, ptrdiff_t of) { return (a + of - 1) / of * of; }
-
 /* ---- making a plan ---- */
 
 static ptrdiff_t itemsize(fsm_dtype dtype) {

@@ -90,6 +90,11 @@ typedef int64_t f64_bits_t;
 FSM_INLINE float f32_real_fma(float a, float b, float c) { return fmaf(a, b, c); }
 FSM_INLINE double f64_real_fma(double a, double b, double c) { return fma(a, b, c); }
 
+/* Bytes of an element of a floating type. */
+FSM_INLINE ptrdiff_t float_size(fsm_dtype dtype) {
+    return dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
+}
+
 /* Scalar conversions, the same on every ISA. Half to float is exact; float to half rounds to
  * nearest even. */
 
