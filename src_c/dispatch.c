@@ -54,6 +54,9 @@ const fsm_isa *fsm_isa_at(int i) {
 #ifdef FSM_HAVE_AVX2
     if (level >= 1) list[count++] = &fsm_isa_avx2;
 #endif
+#ifdef FSM_HAVE_NEON /* every AArch64 has it */
+    list[count++] = &fsm_isa_neon;
+#endif
     list[count++] = &fsm_isa_scalar;
     return i >= 0 && i < count ? list[i] : NULL;
 }
