@@ -48,7 +48,7 @@ const fsm_isa *fsm_isa_at(int i) {
 #if defined(FSM_HAVE_AVX2) || defined(FSM_HAVE_AVX512)
     const int level = x86_level();
 #endif
-#ifdef FSM_EMULATED_AVX512 /* tests/c/emulated_avx512.c */
+#ifdef FSM_EMULATED_AVX512 /* tests/c/isa_avx512_emulated.c */
     list[count++] = &fsm_isa_avx512;
 #elif defined(FSM_HAVE_AVX512)
     if (level >= 2) list[count++] = &fsm_isa_avx512;

@@ -13,10 +13,11 @@ typedef int32x4_t f32_ivec;
 typedef float64x2_t f64_vec;
 typedef int64x2_t f64_ivec;
 
-/* There are no masks: the first n elements go one by one. */
-FSM_INLINE void copy_first(void *to, const void *from, ptrdiff_t n, ptrdiff_t size) {
-    for (ptrdiff_t i = 0; i < n; i++)
-        memcpy((char *)to + i * size, (const char *)from + i * size, (size_t)size);
+/* There are no masks: the first n <= most elements go one by one. (most is there to be unrolled; a
+ * loop to n becomes a call of memcpy.) */
+FSM_INLINE void copy_first(void *to, const void *from, ptrdiff_t n, int most, ptrdiff_t size) {
+    for (int i = 0; i < most; i++)
+        if (i < n) memcpy((char *)to + i * size, (const char *)from + i * size, (size_t)size);
 }
 
 FSM_INLINE f32_vec f32_set1(float a) { return vdupq_n_f32(a); }
@@ -27,10 +28,10 @@ FSM_INLINE f32_vec f32_load(const void *p) {
 }
 FSM_INLINE void f32_store(void *p, f32_vec a) { memcpy(p, &a, sizeof a); }
 FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
-    copy_first(&fill, p, n, 4);
+    copy_first(&fill, p, n, 3, 4);
     return fill;
 }
-FSM_INLINE void f32_store_n(void *p, f32_vec a, ptrdiff_t n) { copy_first(p, &a, n, 4); }
+FSM_INLINE void f32_store_n(void *p, f32_vec a, ptrdiff_t n) { copy_first(p, &a, n, 3, 4); }
 FSM_INLINE f32_vec f32_add(f32_vec a, f32_vec b) { return vaddq_f32(a, b); }
 FSM_INLINE f32_vec f32_add_m(f32_vec a, f32_vec b) { return vaddq_f32(a, b); } /* the same pipes */
 FSM_INLINE f32_vec f32_rint(f32_vec a) { return vrndnq_f32(a); }
@@ -76,10 +77,10 @@ FSM_INLINE f64_vec f64_load(const void *p) {
 }
 FSM_INLINE void f64_store(void *p, f64_vec a) { memcpy(p, &a, sizeof a); }
 FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) {
-    copy_first(&fill, p, n, 8);
+    copy_first(&fill, p, n, 1, 8);
     return fill;
 }
-FSM_INLINE void f64_store_n(void *p, f64_vec a, ptrdiff_t n) { copy_first(p, &a, n, 8); }
+FSM_INLINE void f64_store_n(void *p, f64_vec a, ptrdiff_t n) { copy_first(p, &a, n, 1, 8); }
 FSM_INLINE f64_vec f64_add(f64_vec a, f64_vec b) { return vaddq_f64(a, b); }
 FSM_INLINE f64_vec f64_add_m(f64_vec a, f64_vec b) { return vaddq_f64(a, b); }
 FSM_INLINE f64_vec f64_rint(f64_vec a) { return vrndnq_f64(a); }
@@ -124,7 +125,7 @@ FSM_INLINE uint16x4_t half_load(const void *p) {
 }
 FSM_INLINE uint16x4_t half_first(const void *p, ptrdiff_t n) {
     uint16x4_t h = vdup_n_u16(0);
-    copy_first(&h, p, n, 2);
+    copy_first(&h, p, n, 3, 2);
     return h;
 }
 FSM_INLINE f32_vec f32_blend_first(f32_vec a, ptrdiff_t n, f32_vec fill) {
@@ -143,7 +144,7 @@ FSM_INLINE void f16_store(void *p, f32_vec a) {
 }
 FSM_INLINE void f16_store_n(void *p, f32_vec a, ptrdiff_t n) {
     uint16x4_t h = f16_narrow(a);
-    copy_first(p, &h, n, 2);
+    copy_first(p, &h, n, 3, 2);
 }
 FSM_INLINE f32_vec bf16_widen(uint16x4_t h) { return vreinterpretq_f32_u32(vshll_n_u16(h, 16)); }
 FSM_INLINE uint16x4_t bf16_narrow(f32_vec a) { /* see f32_to_bf16 */
@@ -160,7 +161,7 @@ FSM_INLINE void bf16_store(void *p, f32_vec a) {
 }
 FSM_INLINE void bf16_store_n(void *p, f32_vec a, ptrdiff_t n) {
     uint16x4_t h = bf16_narrow(a);
-    copy_first(p, &h, n, 2);
+    copy_first(p, &h, n, 3, 2);
 }
 
 FSM_INLINE void f64_transpose(f64_vec r[2]) {
