@@ -80,7 +80,7 @@ $(DRIVERS:%=build/$(1)/%): %: %.o $(LIBRARY:%=build/$(1)/%.o) $(ISAS_$(1):%=buil
 
 build/$(1)/%.o: %.c $(C_FILES) Makefile
 	@mkdir -p $$(@D)
-	$$(or $$(CC_$(1)),$$(CC)) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) $$(ISAS_$(1):%=$$(HAVE_%)) $$(FLAGS_$$*) -c -o $$@ $$<
+	$$(or $$(CC_$(1)),$$(CC)) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) $$(foreach isa,$$(ISAS_$(1)),$$(HAVE_$$(isa))) $$(FLAGS_$$*) -c -o $$@ $$<
 endef
 $(foreach target,$(TARGETS),$(eval $(call drivers_for,$(target))))
 
@@ -94,8 +94,8 @@ emulate: $(DRIVERS:%=build/emulate/%)  ## run part of them for AVX-512 on a CPU 
 	for driver in $^; do $$driver avx512; done
 
 cross: build/plain/driver $(DRIVERS:%=build/cross/%)  ## run part of them for NEON, under QEMU
-	$(RUN_cross) build/cross/attention_driver
-	$(RUN_cross) build/cross/driver | tee build/cross/log
+	$(RUN_cross) build/cross/attention_driver neon
+	$(RUN_cross) build/cross/driver neon | tee build/cross/log
 	build/plain/driver | tail -n 1 | diff - <(tail -n 1 build/cross/log)
 
 clean:  ## remove what was built here
