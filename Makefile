@@ -66,7 +66,7 @@ ARM = aarch64-linux-gnu
 CC_cross = $(ARM)-gcc
 FLAGS_cross = -O1 -DONE_IN=17
 ISAS_cross = scalar neon
-RUN_cross = qemu-aarch64 -L /usr/$(ARM)
+RUN_cross = OMP_WAIT_POLICY=passive qemu-aarch64 -L /usr/$(ARM)
 FLAGS_plain = $(FLAGS_cross)
 ISAS_plain = scalar
 
@@ -80,7 +80,8 @@ $(DRIVERS:%=build/$(1)/%): %: %.o $(LIBRARY:%=build/$(1)/%.o) $(ISAS_$(1):%=buil
 
 build/$(1)/%.o: %.c $(C_FILES) Makefile
 	@mkdir -p $$(@D)
-	$$(or $$(CC_$(1)),$$(CC)) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) $$(foreach isa,$$(ISAS_$(1)),$$(HAVE_$$(isa))) $$(FLAGS_$$*) -c -o $$@ $$<
+	$$(or $$(CC_$(1)),$$(CC)) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) \
+		$$(foreach isa,$$(ISAS_$(1)),$$(HAVE_$$(isa))) $$(FLAGS_$$*) -c -o $$@ $$<
 endef
 $(foreach target,$(TARGETS),$(eval $(call drivers_for,$(target))))
 

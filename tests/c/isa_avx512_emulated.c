@@ -71,7 +71,7 @@ EMULATED __m512 ph_to_ps(__m256i h) {
 EMULATED __m512 mask_ph_to_ps(__m512 from, __mmask16 set, __m256i h) {
     return _mm512_mask_mov_ps(from, set, ph_to_ps(h));
 }
-#define PS_TO_PH(a, rounding)                                      \
+#define PS_TO_PH(a, rounding)                                               \
     _mm256_setr_m128i(_mm256_cvtps_ph(_mm512_castps512_ps256(a), rounding), \
                       _mm256_cvtps_ph((lanes){.ps = a}.half_ps[1], rounding))
 EMULATED __m512i epu16_to_epi32(__m256i h) {
@@ -142,15 +142,15 @@ EMULATED __m512d scalef_pd(__m512d a, __m512d b) {
 }
 
 /* Halves first, as compilers do it. */
-#define REDUCE(NAME, TYPE, VECTOR, PART, LANE, COUNT, COMBINED)          \
-    EMULATED TYPE NAME(VECTOR v) {                                       \
-        lanes r = {.PART = v};                                           \
-        for (int n = COUNT / 2; n; n /= 2)                               \
-            for (int i = 0; i < n; i++) {                                \
-                const TYPE a = r.LANE[n + i], b = r.LANE[i];             \
-                r.LANE[i] = COMBINED;                                    \
-            }                                                            \
-        return r.LANE[0];                                                \
+#define REDUCE(NAME, TYPE, VECTOR, PART, LANE, COUNT, COMBINED) \
+    EMULATED TYPE NAME(VECTOR v) {                              \
+        lanes r = {.PART = v};                                  \
+        for (int n = COUNT / 2; n; n /= 2)                      \
+            for (int i = 0; i < n; i++) {                       \
+                const TYPE a = r.LANE[n + i], b = r.LANE[i];    \
+                r.LANE[i] = COMBINED;                           \
+            }                                                   \
+        return r.LANE[0];                                       \
     }
 REDUCE(reduce_add_ps, float, __m512, ps, f32, 16, a + b)
 REDUCE(reduce_add_pd, double, __m512d, pd, f64, 8, a + b)
