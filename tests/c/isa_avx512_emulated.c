@@ -124,8 +124,8 @@ EMULATED __m512d shuffle_f64x2(__m512d a, __m512d b, int order) {
 
 /* ---- arithmetic ---- */
 
-/* a * 2^floor(b), rounded once: Intel SDM vol. 2C, VSCALEFPS; finite b only. SIMDe multiplies by 2^b,
- * which may overflow or be subnormal itself, and flushes. */
+/* a * 2^floor(b), rounded once: Intel SDM vol. 2C, VSCALEFPS; not for infinite b. SIMDe multiplies
+ * by 2^b, which may overflow or be subnormal itself, and flushes. */
 EMULATED __m512 scalef_ps(__m512 a, __m512 b) {
     lanes r = {.ps = a};
     const lanes by = {.ps = b};
