@@ -4,8 +4,10 @@ PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 
-.PHONY: help build test full lint format sanitize valgrind clean
+.PHONY: help build test full lint format sanitize valgrind emulate cross clean
 .DEFAULT_GOAL = help
+SHELL = /bin/bash
+.SHELLFLAGS = -e -o pipefail -c
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,36 +32,72 @@ format:  ## format the sources in place
 	ruff format .
 	$(CLANG_FORMAT) -i $(C_FILES)
 
-# The C library without Python: the drivers in tests/c under the sanitizers, and, with fewer tests,
-# valgrind, which watches the ends of arrays itself and has no AVX-512.
+# The C library without Python: the drivers in tests/c, built once for each of the targets below.
+# ISAS_x, FLAGS_x, CC_x, RUN_x are what target x builds, with which flags, and how it is run.
 DRIVERS = driver attention_driver
-ISAS = scalar $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
+IS_X86 = $(filter x86_64 amd64,$(shell uname -m))
+IS_ARM = $(filter aarch64 arm64,$(shell uname -m))
+ISAS = scalar $(if $(IS_X86),avx2 avx512) $(if $(IS_ARM),neon)
 FLAGS_isa_avx2 = -mavx2 -mfma -mf16c
 FLAGS_isa_avx512 = $(FLAGS_isa_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
-DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fopenmp -Isrc_c \
-	$(if $(filter avx2,$(ISAS)),-DFSM_HAVE_AVX2 -DFSM_HAVE_AVX512)
+FLAGS_isa_avx512_emulated = $(FLAGS_isa_avx2) -Wno-psabi
+HAVE_avx2 = -DFSM_HAVE_AVX2
+HAVE_avx512 = -DFSM_HAVE_AVX512
+HAVE_avx512_emulated = -DFSM_EMULATED_AVX512
+HAVE_neon = -DFSM_HAVE_NEON
+DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fopenmp -Isrc_c
+
 FLAGS_sanitize = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+ISAS_sanitize = $(ISAS)
+
+# valgrind watches the ends of arrays itself, is slow, and has no AVX-512.
 FLAGS_valgrind = -O2 -DGUARD=0 -DONE_IN=17
-LIBRARY = dispatch parallel softmax attention $(ISAS:%=isa_%)
-VALGRIND = valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
-	--show-leak-kinds=definite
+ISAS_valgrind = $(filter-out avx512,$(ISAS))
+RUN_valgrind = valgrind --quiet --error-exitcode=1 --leak-check=full \
+	--errors-for-leak-kinds=definite --show-leak-kinds=definite
+
+# AVX-512 on a CPU that has AVX2 only: SIMDe's headers (Debian: libsimde-dev).
+FLAGS_emulate = -O1 -DONE_IN=3
+ISAS_emulate = scalar avx512_emulated
+
+# NEON on any machine: a cross compiler and QEMU (Debian: gcc-aarch64-linux-gnu, qemu-user). The
+# scalar kernels of this machine, `plain`, then say which bits NEON must give.
+ARM = aarch64-linux-gnu
+CC_cross = $(ARM)-gcc
+FLAGS_cross = -O1 -DONE_IN=17
+ISAS_cross = scalar neon
+RUN_cross = OMP_WAIT_POLICY=passive qemu-aarch64 -L /usr/$(ARM)
+FLAGS_plain = $(FLAGS_cross)
+ISAS_plain = scalar
+
+TARGETS = sanitize valgrind emulate cross plain
+LIBRARY = dispatch parallel softmax attention
 vpath %.c src_c tests/c
 
 define drivers_for
-$(DRIVERS:%=build/$(1)/%): %: %.o $(LIBRARY:%=build/$(1)/%.o)
-	$$(CC) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) -o $$@ $$^ -lm
+$(DRIVERS:%=build/$(1)/%): %: %.o $(LIBRARY:%=build/$(1)/%.o) $(ISAS_$(1):%=build/$(1)/isa_%.o)
+	$$(or $$(CC_$(1)),$$(CC)) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) -o $$@ $$^ -lm
 
 build/$(1)/%.o: %.c $(C_FILES) Makefile
 	@mkdir -p $$(@D)
-	$$(CC) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) $$(FLAGS_$$*) -c -o $$@ $$<
+	$$(or $$(CC_$(1)),$$(CC)) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) \
+		$$(foreach isa,$$(ISAS_$(1)),$$(HAVE_$$(isa))) $$(FLAGS_$$*) -c -o $$@ $$<
 endef
-$(foreach tool,sanitize valgrind,$(eval $(call drivers_for,$(tool))))
+$(foreach target,$(TARGETS),$(eval $(call drivers_for,$(target))))
 
 sanitize: $(DRIVERS:%=build/sanitize/%)  ## run the C drivers under ASan and UBSan
-	set -e; for driver in $^; do $$driver; done
+	for driver in $^; do $$driver; done
 
 valgrind: $(DRIVERS:%=build/valgrind/%)  ## run part of them under valgrind
-	set -e; for driver in $^; do $(VALGRIND) $$driver $(filter-out avx512,$(ISAS)); done
+	for driver in $^; do $(RUN_valgrind) $$driver; done
+
+emulate: $(DRIVERS:%=build/emulate/%)  ## run part of them for AVX-512 on a CPU without it
+	for driver in $^; do $$driver avx512; done
+
+cross: build/plain/driver $(DRIVERS:%=build/cross/%)  ## run part of them for NEON, under QEMU
+	$(RUN_cross) build/cross/attention_driver neon
+	$(RUN_cross) build/cross/driver neon | tee build/cross/log
+	build/plain/driver | tail -n 1 | diff - <(tail -n 1 build/cross/log)
 
 clean:  ## remove what was built here
 	rm -rf build dist *.egg-info fastsoftmax/*.so fastsoftmax/*.pyd

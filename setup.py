@@ -43,15 +43,22 @@ X86_64 = """\
 #endif
 int main(void) { return 0; }
 """
+AARCH64 = """\
+#include <arm_neon.h>
+#if !defined(__AARCH64EL__) && !defined(_M_ARM64)
+#error "not little-endian AArch64"
+#endif
+int main(void) { return 0; }
+"""
 OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
-PROBES = {"avx2": X86_64, "avx512": X86_64, "openmp": OPENMP}
+PROBES = {"avx2": X86_64, "avx512": X86_64, "neon": AARCH64, "openmp": OPENMP}
 
 
 class BuildExt(build_ext):
     """Compile the kernels of each ISA with its flags, then build the extension around them."""
 
     def build_extension(self, ext):
-        isas = ["scalar", *filter(self.can_build, ("avx2", "avx512"))]
+        isas = ["scalar", *filter(self.can_build, ("avx2", "avx512", "neon"))]
         ext.define_macros = [(f"FSM_HAVE_{isa.upper()}", "1") for isa in isas]
         ext.extra_compile_args = self.flags("compile")
         os.makedirs(self.build_temp, exist_ok=True)

@@ -48,11 +48,16 @@ const fsm_isa *fsm_isa_at(int i) {
 #if defined(FSM_HAVE_AVX2) || defined(FSM_HAVE_AVX512)
     const int level = x86_level();
 #endif
-#ifdef FSM_HAVE_AVX512
+#ifdef FSM_EMULATED_AVX512 /* tests/c/isa_avx512_emulated.c */
+    list[count++] = &fsm_isa_avx512;
+#elif defined(FSM_HAVE_AVX512)
     if (level >= 2) list[count++] = &fsm_isa_avx512;
 #endif
 #ifdef FSM_HAVE_AVX2
     if (level >= 1) list[count++] = &fsm_isa_avx2;
+#endif
+#ifdef FSM_HAVE_NEON /* every AArch64 has it */
+    list[count++] = &fsm_isa_neon;
 #endif
     list[count++] = &fsm_isa_scalar;
     return i >= 0 && i < count ? list[i] : NULL;

@@ -177,6 +177,6 @@ struct fsm_isa {
     const fsm_kernels *f32, *f64;
 };
 
-extern const fsm_isa fsm_isa_scalar, fsm_isa_avx2, fsm_isa_avx512;
+extern const fsm_isa fsm_isa_scalar, fsm_isa_avx2, fsm_isa_avx512, fsm_isa_neon;
 
 #endif
