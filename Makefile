@@ -4,7 +4,7 @@ PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 
-.PHONY: help build test full lint format sanitize valgrind clean
+.PHONY: help build test full fuzz mutate coverage lint format sanitize valgrind clean
 .DEFAULT_GOAL = help
 
 help:  ## list the targets
@@ -18,6 +18,15 @@ test:  ## run the tests (after make build)
 
 full:  ## run the tests that take longer (after make build)
 	$(PYTHON) -m pytest -m full
+
+fuzz:  ## a million random calls of the Python API (after make build): most of an hour
+	$(PYTHON) tests/fuzz.py --calls 1000000
+
+mutate:  ## 150 small errors in the C sources, of which the tests should notice every one: an hour
+	$(PYTHON) tests/mutate.py
+
+coverage:  ## lines and branches that run in the tests; needs pip install ".[test,coverage]"
+	PYTHON=$(PYTHON) bash tests/coverage.sh
 
 lint:  ## check style, change nothing
 	ruff check .
@@ -40,6 +49,8 @@ DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fope
 	$(if $(filter avx2,$(ISAS)),-DFSM_HAVE_AVX2 -DFSM_HAVE_AVX512)
 FLAGS_sanitize = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 FLAGS_valgrind = -O2 -DGUARD=0 -DONE_IN=17
+FLAGS_mutate = -O1 -g0 -fPIC
+FLAGS_coverage = -O0 --coverage
 LIBRARY = dispatch parallel softmax attention $(ISAS:%=isa_%)
 VALGRIND = valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
 	--show-leak-kinds=definite
@@ -53,7 +64,7 @@ build/$(1)/%.o: %.c $(C_FILES) Makefile
 	@mkdir -p $$(@D)
 	$$(CC) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) $$(FLAGS_$$*) -c -o $$@ $$<
 endef
-$(foreach tool,sanitize valgrind,$(eval $(call drivers_for,$(tool))))
+$(foreach tool,sanitize valgrind mutate coverage,$(eval $(call drivers_for,$(tool))))
 
 sanitize: $(DRIVERS:%=build/sanitize/%)  ## run the C drivers under ASan and UBSan
 	set -e; for driver in $^; do $$driver; done
