@@ -140,8 +140,8 @@ cdef int _begin(fsm_problem *problem, fsm_op op, ndarray x, axis) except -1:
         except TypeError:
             raise TypeError("axis must be an integer, a tuple of integers or None, got "
                             f"{axis!r} ({type(one).__name__})") from None
-        if ndim == 0 and one in (0, -1):  # as NumPy's reductions: a scalar is a row of one
-            continue
+        if ndim == 0 and one in (0, -1) and not isinstance(axis, tuple):
+            continue  # as NumPy's reductions: a scalar is a row of one
         if not -ndim <= one < ndim:
             raise np.exceptions.AxisError(one, ndim)
         d = one + ndim if one < 0 else one

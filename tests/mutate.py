@@ -4,17 +4,19 @@
     python tests/mutate.py --mutants 20 --seed 7 --files score.inc.h decode.inc.h
 
 A mutant is one comparison, sign, constant, length of a tail or vector operation changed for
-another, in a copy of the sources. The object that it is in is compiled anew, for one ISA, without
-optimisation to speak of, and linked to the drivers of tests/c, which hold that ISA to the bits of the
-scalar kernels; if they pass, to the Python extension, for the fuzzer and the tests of PYTHON_TESTS.
+another, in a copy of the sources. The object that it is in is compiled anew, for one ISA, and
+linked to the drivers of tests/c, which hold that ISA to the bits of the scalar kernels; if they
+pass, to the Python extension, for the fuzzer and the tests of PYTHON_TESTS.
 A mutant is killed by the first test that fails, crashes or does not end. One that does not compile,
 or compiles to the same code, is none, and another is drawn.
 
-Survivors are listed, each with the line and what became of it. Those that no test can kill have
-their reason in mutants.toml: they are counted apart. Any other makes the exit status 1.
+All are listed, each with the line and what became of it. Survivors that no test can kill have their
+reason in mutants.toml and are counted apart; any other makes the exit status 1. Ctrl-C ends the run
+with the figures so far.
 """
 
 import argparse
+import collections
 import os
 import random
 import re
@@ -77,6 +79,7 @@ class Mutant:
         self.line, self.mutated = (
             " ".join(t.split("\n")[self.number - 1].split()) for t in (text, self.text)
         )
+        self.key = path.name, self.line, self.mutated
 
     def __str__(self):
         return f"{self.path.name}:{self.number}: {self.line}\n    -> {self.mutated}"
@@ -151,7 +154,18 @@ class Tree:
         python = sys.executable, "-W", "error"
         yield (*python, "tests/fuzz.py", "--calls", str(FUZZ_CALLS), "--isa", self.isa)
         files = (f"tests/{name}" for name in PYTHON_TESTS)
-        yield (*python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", self.isa, *files)
+        yield (
+            *python,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            self.isa,
+            *files,
+        )
 
     def fails(self, *command):
         """How a test fails; None if it passes."""
@@ -177,7 +191,7 @@ class Tree:
             return f"exit status {code}" if code else None
 
     def judge(self, mutant):
-        """Who kills a mutant: the name of a test; "" if none does, None if it is not a mutant."""
+        """What becomes of a mutant; "no mutant" if it is the same code, or not C."""
         copy = self.folder / mutant.path.relative_to(ROOT)
         target = self.object_of(mutant.path)
         before, original = target.read_bytes(), copy.read_text()
@@ -186,16 +200,16 @@ class Tree:
             made = subprocess.run(self.command_for(mutant.path), cwd=self.folder,
                                   capture_output=True)  # fmt: skip
             if made.returncode or target.read_bytes() == before:
-                return None
+                return "no mutant"
             self.link()
             for driver in self.drivers_for(mutant.path):
                 if self.fails(str(self.build / driver), self.isa):
-                    return driver
+                    return f"killed by {driver}"
             self.link_python()
             for command in self.python_tests():
                 if self.fails(*command):
-                    return "pytest" if "pytest" in command else "fuzz"
-            return ""
+                    return f"killed by {'pytest' if 'pytest' in command else 'fuzz.py'}"
+            return "survived"
         finally:
             copy.write_text(original)
             target.write_bytes(before)
@@ -215,42 +229,36 @@ def main():
     parser.add_argument("--files", nargs="+", help="names of files of src_c")
     args = parser.parse_args()
     names = args.files or [
-        *sorted(p.name for p in ROOT.glob("src_c/*.inc.h") if p.name not in ("isa.inc.h",)),
+        *sorted(p.name for p in ROOT.glob("src_c/*.inc.h") if p.name != "isa.inc.h"),
         f"vec_{args.isa}.h", "softmax.c", "attention.c",
     ]  # fmt: skip
     mutants = list(all_mutants([ROOT / "src_c" / name for name in names]))
     places = len(mutants)
     random.Random(args.seed).shuffle(mutants)
-    known, killed, survivors, excused, none = reasons(), {}, [], 0, 0
+    known, fates = reasons(), collections.Counter()
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         tree = Tree(Path(folder), args.isa)
         tree.link_python()
         tests = [(str(tree.build / d), args.isa) for d in DRIVERS] + list(tree.python_tests())
         for command in tests:
             if why := tree.fails(*command):
                 sys.exit(f"without a mutant {shlex.join(command)} fails: {why}")
-        while mutants and sum(killed.values()) + len(survivors) + excused < args.mutants:
-            mutant = mutants.pop()
-            by = tree.judge(mutant)
-            if by is None:
-                none += 1
-            elif by:
-                killed[by] = killed.get(by, 0) + 1
-            elif (mutant.path.name, mutant.line, mutant.mutated) in known:
-                excused += 1
-            else:
-                survivors.append(mutant)
-                print(f"survived, {mutant.kind}: {mutant}", flush=True)
-    total = sum(killed.values()) + len(survivors) + excused
-    print(
-        f"{total} mutants of {places} places, seed {args.seed}, {args.isa}, "
-        f"{time.monotonic() - begun:.0f} s: {sum(killed.values())} killed ("
-        + ", ".join(f"{n} by {by}" for by, n in sorted(killed.items()))
-        + f"), {len(survivors)} survived, {excused} survived for a reason in {REASONS.name}; "
-        f"{none} more changed nothing or did not compile"
-    )
-    return bool(survivors)
+        try:
+            while mutants and fates.total() - fates["no mutant"] < args.mutants:
+                mutant = mutants.pop()
+                fate = tree.judge(mutant)
+                if fate == "survived" and mutant.key in known:
+                    fate = "survived for a reason"
+                fates[fate] += 1
+                print(f"{fate}, {mutant.kind}: {mutant}", flush=True)
+        except KeyboardInterrupt:  # what has been done so far is worth knowing
+            print("interrupted")
+    print(f"{fates.total() - fates['no mutant']} mutants of {places} places, seed {args.seed}, "
+          f"{args.isa}, {time.monotonic() - begun:.0f} s:")  # fmt: skip
+    for fate, count in fates.most_common():
+        print(f"{count:6} {fate}")
+    return bool(fates["survived"])
 
 
 if __name__ == "__main__":

@@ -372,13 +372,13 @@ def test_torch_logsumexp_dims(torch):
 def test_torch_messages_have_torch_names():
     for name in ("softmax", "log_softmax", "softmin", "logsumexp"):
         function = getattr(ours_torch, name)
-        with pytest.raises(TypeError, match="^input has dtype object"):
+        with pytest.raises(TypeError, match=r"^input has dtype object"):
             function(None, 0)
-        with pytest.raises(TypeError, match="^dim must be an integer, got 1.5$"):
+        with pytest.raises(TypeError, match=r"^dim must be an integer, got 1\.5$"):
             function([1.0], 1.5)
-    with pytest.raises(TypeError, match="^dim must be an integer, got 1.5$"):
+    with pytest.raises(TypeError, match=r"^dim must be an integer, got 1\.5$"):
         ours_torch.logsumexp([1.0], [0, 1.5])
-    with pytest.raises(TypeError, match="^a has dtype object"):
+    with pytest.raises(TypeError, match=r"^a has dtype object"):
         ours_scipy.logsumexp(None)
 
 

@@ -52,6 +52,7 @@ FAMILY_CASES = {
     "axis -3": (family(X, -3), AxisError, ("axis -3", "dimension 2")),
     "axis in a tuple": (family(X, (0, 5)), AxisError, ("axis 5", "dimension 2")),
     "axis of 0-d": (family(np.float32(1), 1), AxisError, ("axis 1",)),
+    "tuple for 0-d": (family(np.float32(1), (0,)), AxisError, ("axis 0", "dimension 0")),
     "huge axis": (family(X, 2**40), (AxisError, OverflowError), ()),
     "axis twice": (family(X, (0, 0)), ValueError, ("axis", "0")),
     "axis twice, spelt differently": (family(X, (1, -1)), ValueError, ("axis",)),
