@@ -50,7 +50,7 @@ DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fope
 FLAGS_sanitize = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 FLAGS_valgrind = -O2 -DGUARD=0 -DONE_IN=17
 FLAGS_mutate = -O1 -g0 -fPIC
-FLAGS_coverage = -O0 --coverage
+FLAGS_coverage = -O0 --coverage -fprofile-update=atomic -DONE_IN=5
 LIBRARY = dispatch parallel softmax attention $(ISAS:%=isa_%)
 VALGRIND = valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
 	--show-leak-kinds=definite

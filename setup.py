@@ -25,7 +25,7 @@ GNU = {
     "-fvisibility=hidden",
     "openmp": "-fopenmp",
     "link openmp": "-fopenmp",
-    "coverage": "-O0 --coverage -DCYTHON_TRACE=1",
+    "coverage": "-O0 --coverage -fprofile-update=atomic -DCYTHON_TRACE=1",
     "link coverage": "--coverage",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
