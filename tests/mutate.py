@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 REASONS = Path(__file__).with_name("mutants.toml")
 DRIVERS = ("driver", "attention_driver")
 FUZZ_CALLS = 3000
-PYTHON_TESTS = ("test_special.py", "test_accuracy.py", "test_bits.py", "test_attention_bits.py")
+PYTHON_TESTS = ("test_special.py",)  # for mutants that the drivers let live: seconds, not minutes
 CPU_SECONDS, SECONDS = 120, 900  # of a test: a machine may be busy, so that time alone says little
 
 # What is changed: a pattern for code, and what its match becomes. Code has spaces around operators.
