@@ -776,13 +776,6 @@ def test_merge_against_its_oracle(isa, dtype, record_max):
 
 
 @every_dtype
-def test_merge_has_no_minus_zero(isa, dtype):
-    zeros, lse = np.full((2, 19), -0.0, dtype), np.zeros(2, compute_type(dtype))
-    out, _ = fs.merge_attention(zeros, lse, zeros, lse)
-    assert_plus_zero(out)
-
-
-@every_dtype
 def test_merge_of_specials(isa, dtype):
     inner, inf, nan = compute_type(dtype), np.inf, np.nan
     for width in (1, 3, 16, 70):
