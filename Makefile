@@ -4,7 +4,7 @@ PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 
-.PHONY: help build test full lint format sanitize valgrind emulate cross clean
+.PHONY: help build test full fuzz mutate coverage lint format sanitize valgrind emulate cross clean
 .DEFAULT_GOAL = help
 SHELL = /bin/bash
 .SHELLFLAGS = -e -o pipefail -c
@@ -20,6 +20,15 @@ test:  ## run the tests (after make build)
 
 full:  ## run the tests that take longer (after make build)
 	$(PYTHON) -m pytest -m full
+
+fuzz:  ## a million random calls of the Python API (after make build): most of an hour
+	$(PYTHON) tests/fuzz.py --calls 1000000
+
+mutate:  ## 150 small errors in the C sources, of which the tests should notice every one: an hour
+	$(PYTHON) tests/mutate.py
+
+coverage:  ## lines and branches that run in the tests; needs pip install ".[test,coverage]"
+	PYTHON=$(PYTHON) bash tests/coverage.sh
 
 lint:  ## check style, change nothing
 	ruff check .
@@ -70,7 +79,13 @@ RUN_cross = OMP_WAIT_POLICY=passive qemu-aarch64 -L /usr/$(ARM)
 FLAGS_plain = $(FLAGS_cross)
 ISAS_plain = scalar
 
-TARGETS = sanitize valgrind emulate cross plain
+# What tests/mutate.py and tests/coverage.sh build.
+FLAGS_mutate = -O1 -g0 -fPIC
+ISAS_mutate = $(ISAS)
+FLAGS_coverage = -O0 --coverage -fprofile-update=atomic -DONE_IN=5
+ISAS_coverage = $(ISAS)
+
+TARGETS = mutate coverage sanitize valgrind emulate cross plain
 LIBRARY = dispatch parallel softmax attention
 vpath %.c src_c tests/c
 

@@ -2,7 +2,8 @@
 
 The core is one extension of Cython and C, and src_c/isa_NAME.c, the kernels of one instruction set,
 are compiled with flags of their own. The compiler is asked by a probe what it can do, which gives
-the right answer when cross-compiling, too. FASTSOFTMAX_OPENMP=0 makes a serial build.
+the right answer when cross-compiling, too. FASTSOFTMAX_OPENMP=0 makes a serial build,
+FASTSOFTMAX_COVERAGE=1 one that counts which lines run (tests/coverage.sh).
 """
 
 import os
@@ -24,6 +25,8 @@ GNU = {
     "-fvisibility=hidden",
     "openmp": "-fopenmp",
     "link openmp": "-fopenmp",
+    "coverage": "-O0 --coverage -fprofile-update=atomic -DCYTHON_TRACE=1",
+    "link coverage": "--coverage",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
@@ -34,6 +37,7 @@ MSVC = {
     "avx2": "/arch:AVX2",
     "avx512": "/arch:AVX512",
 }
+COVERAGE = os.environ.get("FASTSOFTMAX_COVERAGE") == "1"
 FLAGS = {"unix": GNU, "mingw32": GNU, "msvc": MSVC}
 
 X86_64 = """\
@@ -61,12 +65,15 @@ class BuildExt(build_ext):
         isas = ["scalar", *filter(self.can_build, ("avx2", "avx512", "neon"))]
         ext.define_macros = [(f"FSM_HAVE_{isa.upper()}", "1") for isa in isas]
         ext.extra_compile_args = self.flags("compile")
+        if COVERAGE:
+            ext.extra_compile_args += self.flags("coverage")
+            ext.extra_link_args += self.flags("link coverage")
         os.makedirs(self.build_temp, exist_ok=True)
         with ThreadPoolExecutor() as pool:  # each takes a compiler half a minute
             ext.extra_objects = list(pool.map(lambda isa: self.kernels(ext, isa), isas))
         if os.environ.get("FASTSOFTMAX_OPENMP") != "0" and self.can_build("openmp"):
             ext.extra_compile_args += self.flags("openmp")
-            ext.extra_link_args = self.flags("link openmp")
+            ext.extra_link_args += self.flags("link openmp")
         super().build_extension(ext)
 
     def kernels(self, ext, isa):
@@ -75,7 +82,7 @@ class BuildExt(build_ext):
             [f"src_c/isa_{isa}.c"],
             self.build_temp,
             include_dirs=ext.include_dirs,
-            extra_postargs=self.flags("compile", isa),
+            extra_postargs=[*ext.extra_compile_args, *self.flags(isa)],
         )
         return name
 
@@ -110,8 +117,9 @@ core = Extension(
     include_dirs=["src_c", numpy.get_include()],
     depends=["setup.py", *glob("src_c/*.[ch]"), *glob("fastsoftmax/*.px[di]")],
 )
-directives = {"language_level": 3, "binding": True, "embedsignature": True}
+directives = {"language_level": 3, "binding": True, "embedsignature": True, "linetrace": COVERAGE}
+build_dir = None if COVERAGE else "build"  # where Cython's plugin of coverage.py looks
 setup(
-    ext_modules=cythonize([core], build_dir="build", compiler_directives=directives),
+    ext_modules=cythonize([core], build_dir=build_dir, compiler_directives=directives),
     cmdclass={"build_ext": BuildExt},
 )

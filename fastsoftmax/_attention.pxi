@@ -51,7 +51,7 @@ cdef _leading(q, k, v):
 
 cdef _as_integers(value, name, lead, least, most):
     """int64, clipped: a single number, or an array broadcast to the leading dimensions."""
-    array = np.asarray(value)
+    array = _converted(value, name)
     if isinstance(value, int) and not isinstance(value, bool):  # of any size
         low = high = value
     elif array.dtype.kind in "iu" and not isinstance(value, np.ma.MaskedArray):
@@ -69,7 +69,7 @@ cdef _as_integers(value, name, lead, least, most):
 
 
 cdef _as_number(value, name, compute):
-    array = np.asarray(value)
+    array = _converted(value, name)
     if (array.ndim or _code(array.dtype) < 0 or array.dtype.kind == "b"
             or isinstance(value, np.ma.MaskedArray)):
         raise TypeError(f"{name} must be a real number or None, got {type(value).__name__}")
@@ -325,9 +325,10 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
     True
     """
     with _OwnEnvironment():
-        return _attention(q, k, v, mask, bias, bool(is_causal), q_offset, kv_lengths, window, scale,
-                          softcap, sinks, alibi_slopes, out, bool(return_lse),
-                          bool(return_weights))
+        return _attention(q, k, v, mask, bias, _as_flag(is_causal, "is_causal"), q_offset,
+                          kv_lengths, window, scale, softcap, sinks, alibi_slopes, out,
+                          _as_flag(return_lse, "return_lse"),
+                          _as_flag(return_weights, "return_weights"))
 
 
 # ---- merge_attention ----

@@ -59,12 +59,28 @@ cdef int _float_code(dtype, name) except -2:
     return code
 
 
+cdef ndarray _converted(value, name):
+    """What NumPy makes of an argument; its exceptions do not say of which."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be array_like, got {type(value).__name__}: {error}") from error
+
+
+cdef bint _as_flag(value, name) except -1:
+    try:
+        return bool(value)
+    except (TypeError, ValueError) as error:  # an array
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}") from error
+
+
 cpdef ndarray _as_array(value, name, mask="where"):
     """An ndarray of native byte order, of a type that C knows. `mask` is the argument for masks."""
     if isinstance(value, np.ma.MaskedArray):
         hint = f", and {mask}=~mask" if mask else ""
         raise TypeError(f"{name} must not be a MaskedArray; pass its data{hint}")
-    array = np.asarray(value)
+    array = _converted(value, name)
     if array.dtype.kind == "O" and hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
         array = np.from_dlpack(value)
     if _code(array.dtype) < 0:
@@ -124,8 +140,8 @@ cdef int _begin(fsm_problem *problem, fsm_op op, ndarray x, axis) except -1:
         except TypeError:
             raise TypeError("axis must be an integer, a tuple of integers or None, got "
                             f"{axis!r} ({type(one).__name__})") from None
-        if ndim == 0 and one in (0, -1):  # as NumPy's reductions: a scalar is a row of one
-            continue
+        if ndim == 0 and one in (0, -1) and not isinstance(axis, tuple):
+            continue  # as NumPy's reductions: a scalar is a row of one
         if not -ndim <= one < ndim:
             raise np.exceptions.AxisError(one, ndim)
         d = one + ndim if one < 0 else one
@@ -591,7 +607,8 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
     (1.5413, -1.0)
     """
     with _OwnEnvironment():
-        return _logsumexp(x, axis, b, where, bool(keepdims), dtype, out, bool(return_sign))
+        return _logsumexp(x, axis, b, where, _as_flag(keepdims, "keepdims"), dtype, out,
+                          _as_flag(return_sign, "return_sign"))
 
 
 cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
@@ -958,7 +975,7 @@ def show_config(mode="stdout"):
     >>> sorted(fastsoftmax.show_config("dicts"))
     ['available_isas', 'cpu', 'cpus', 'isa', 'num_threads', 'numpy', 'openmp', 'version']
     """
-    if mode not in ("stdout", "dicts"):
+    if not isinstance(mode, str) or mode not in ("stdout", "dicts"):
         raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
     config = {
         "version": sys.modules["fastsoftmax"].__version__,

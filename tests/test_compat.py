@@ -369,6 +369,19 @@ def test_torch_logsumexp_dims(torch):
         assert np.shape(ours_torch.logsumexp(x, dim=dim, keepdim=keepdim)) == want.shape
 
 
+def test_torch_messages_have_torch_names():
+    for name in ("softmax", "log_softmax", "softmin", "logsumexp"):
+        function = getattr(ours_torch, name)
+        with pytest.raises(TypeError, match=r"^input has dtype object"):
+            function(None, 0)
+        with pytest.raises(TypeError, match=r"^dim must be an integer, got 1\.5$"):
+            function([1.0], 1.5)
+    with pytest.raises(TypeError, match=r"^dim must be an integer, got 1\.5$"):
+        ours_torch.logsumexp([1.0], [0, 1.5])
+    with pytest.raises(TypeError, match=r"^a has dtype object"):
+        ours_scipy.logsumexp(None)
+
+
 def test_torch_dim_is_required():
     x = np.ones((2, 3))
     for name in ("softmax", "log_softmax", "softmin", "logsumexp"):

@@ -52,6 +52,7 @@ FAMILY_CASES = {
     "axis -3": (family(X, -3), AxisError, ("axis -3", "dimension 2")),
     "axis in a tuple": (family(X, (0, 5)), AxisError, ("axis 5", "dimension 2")),
     "axis of 0-d": (family(np.float32(1), 1), AxisError, ("axis 1",)),
+    "tuple for 0-d": (family(np.float32(1), (0,)), AxisError, ("axis 0", "dimension 0")),
     "huge axis": (family(X, 2**40), (AxisError, OverflowError), ()),
     "axis twice": (family(X, (0, 0)), ValueError, ("axis", "0")),
     "axis twice, spelt differently": (family(X, (1, -1)), ValueError, ("axis",)),
@@ -340,3 +341,42 @@ def test_after_every_error_the_library_still_works():
         with pytest.raises((TypeError, ValueError, OverflowError, IndexError)):
             call(fs.softmax)
     assert fs.softmax(X).sum() == pytest.approx(3, abs=1e-6)
+
+
+RAGGED = [[1.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        (lambda: fs.softmax(RAGGED), "x"),
+        (lambda: fs.log_softmax(X, bias=RAGGED), "bias"),
+        (lambda: fs.softmin(X, where=RAGGED), "where"),
+        (lambda: fs.logsumexp(X, b=RAGGED), "b"),
+        (lambda: fs.softmax_backward(X, RAGGED), "y"),
+        (lambda: fs.attention(X, X, X, mask=RAGGED), "mask"),
+        (lambda: fs.attention(X, X, X, kv_lengths=RAGGED), "kv_lengths"),
+        (lambda: fs.attention(X, X, X, scale=RAGGED), "scale"),
+    ],
+)
+def test_what_numpy_cannot_read_is_named(call, name):
+    with pytest.raises(ValueError, match=rf"^{name} must be array_like, got list: .*inhomogeneous"):
+        call()
+
+
+@pytest.mark.parametrize("name", ["keepdims", "return_sign"])
+def test_flags_of_logsumexp(name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got ndarray"):
+        fs.logsumexp(X, **{name: X})
+
+
+@pytest.mark.parametrize("name", ["is_causal", "return_lse", "return_weights"])
+def test_flags_of_attention(name):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got ndarray"):
+        fs.attention(X, X, X, **{name: X})
+
+
+def test_mode_of_show_config():
+    for mode in ("html", None, X, np.zeros(2, [("a", "f4")])):
+        with pytest.raises(ValueError, match=r"^mode must be 'stdout' or 'dicts', got"):
+            fs.show_config(mode)

@@ -25,6 +25,7 @@ from common import (
     assert_plus_zero,
     assert_same_bits,
     bits,
+    compute_type,
     dtype_id,
     every_dtype,
     normal,
@@ -627,3 +628,10 @@ def test_a_special_row_among_masked_ones(isa, n):
         for row in range(9):
             assert_same_bits(got[row], function(x[row], where=where[row]), row)
         assert np.isnan(got[4, 1:]).all() and not np.isnan(np.delete(got, 4, 0)).any()
+
+
+@every_dtype
+def test_merge_has_no_minus_zero(isa, dtype):
+    zeros, lse = np.full((2, 19), -0.0, dtype), np.zeros(2, compute_type(dtype))
+    out, _ = fs.merge_attention(zeros, lse, zeros, lse)
+    assert_plus_zero(out)

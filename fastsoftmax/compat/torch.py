@@ -60,7 +60,7 @@ def softmax(input, dim, dtype=None):
     >>> F.softmax(np.array([1, 2, 3], np.float16), dim=-1, dtype=np.float32)
     array([0.09003057, 0.24472848, 0.66524094], dtype=float32)
     """
-    return _core.softmax(input, index(dim), dtype=dtype)
+    return _core.softmax(_array(input), _index(dim), dtype=dtype)
 
 
 def log_softmax(input, dim, dtype=None):
@@ -83,7 +83,7 @@ def log_softmax(input, dim, dtype=None):
     >>> F.log_softmax(np.array([1000.0, 1.0]), dim=0)
     array([   0., -999.])
     """
-    return _core.log_softmax(input, index(dim), dtype=dtype)
+    return _core.log_softmax(_array(input), _index(dim), dtype=dtype)
 
 
 def softmin(input, dim, dtype=None):
@@ -106,7 +106,7 @@ def softmin(input, dim, dtype=None):
     >>> F.softmin(np.array([1.0, 2.0, 3.0]), dim=0).round(4)
     array([0.6652, 0.2447, 0.09  ])
     """
-    return _core.softmin(input, index(dim), dtype=dtype)
+    return _core.softmin(_array(input), _index(dim), dtype=dtype)
 
 
 def logsumexp(input, dim, keepdim=False):
@@ -134,8 +134,8 @@ def logsumexp(input, dim, keepdim=False):
     array([[1.3863],
            [1.3863]])
     """
-    axis = tuple(dim) if isinstance(dim, (tuple, list)) else index(dim)
-    return _core.logsumexp(input, axis, keepdims=keepdim)
+    axis = tuple(map(_index, dim)) if isinstance(dim, (tuple, list)) else _index(dim)
+    return _core.logsumexp(_array(input), axis, keepdims=keepdim)
 
 
 def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1, *, rng=None):
@@ -174,7 +174,7 @@ def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1, *, rng=None):
     noise = np.random.default_rng(rng).gumbel(size=logits.shape)
     with np.errstate(all="ignore"):  # softmax refuses a bad tau
         noise = noise / tau
-    y = _core.softmax(logits, index(dim), bias=noise, temperature=tau)
+    y = _core.softmax(logits, _index(dim), bias=noise, temperature=tau)
     if not hard or y.ndim == 0:
         return y
     one_hot = np.zeros_like(y)
@@ -258,6 +258,17 @@ def scaled_dot_product_attention(
             raise TypeError(f"attn_mask must be of bool or floats, got {mask.dtype}")
         scores["mask" if mask.dtype == bool else "bias"] = mask
     return _core.attention(q, k, v, **scores, is_causal=is_causal, scale=scale)
+
+
+def _array(input):
+    return _core._as_array(input, "input", None)
+
+
+def _index(dim):
+    try:
+        return index(dim)
+    except TypeError:
+        raise TypeError(f"dim must be an integer, got {dim!r:.40}") from None
 
 
 def _broadcast_heads(*qkv):
