@@ -328,10 +328,13 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
     >>> np.array_equal(y, attention(*batch, mask=padding))
     True
     """
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _attention(q, k, v, mask, bias, bool(is_causal), q_offset, kv_lengths, window, scale,
                           softcap, sinks, alibi_slopes, out, bool(return_lse),
                           bool(return_weights))
+    finally:
+        fesetenv(&callers)
 
 
 # ---- merge_attention ----
@@ -432,5 +435,8 @@ def merge_attention(out_a, lse_a, out_b, lse_b, /):
     >>> np.allclose(out, attention(q, k, v), atol=1e-5)
     True
     """
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _merge(out_a, lse_a, out_b, lse_b)
+    finally:
+        fesetenv(&callers)

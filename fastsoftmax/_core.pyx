@@ -376,23 +376,22 @@ cdef extern from "<fenv.h>" nogil:
     int fesetenv(const fenv_t *environment)
 
 
-cdef class _OwnEnvironment:
-    """Context manager: the default floating-point modes inside, so that NumPy's arithmetic on the
-    arguments rounds to nearest; the caller's modes and status flags afterwards."""
-
-    cdef fenv_t environment
-
-    def __enter__(self):
-        fegetenv(&self.environment)
-        fesetenv(FE_DFL_ENV)
-
-    def __exit__(self, *exc_info):
-        fesetenv(&self.environment)
+cdef fenv_t _own_environment() noexcept:
+    """Sets the default floating-point modes, so that NumPy's arithmetic on the arguments rounds to
+    nearest; the caller's modes and status flags, for fesetenv afterwards. (Not a context manager:
+    those of Cython crash when there is no memory for a traceback.)"""
+    cdef fenv_t callers
+    fegetenv(&callers)
+    fesetenv(FE_DFL_ENV)
+    return callers
 
 
 cdef _softmax(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _softmax_any(op, x, axis, bias, where, temperature, dtype, out, negate)
+    finally:
+        fesetenv(&callers)
 
 
 cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
@@ -619,8 +618,11 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
     >>> float(value.round(4)), float(sign)
     (1.5413, -1.0)
     """
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _logsumexp(x, axis, b, where, bool(keepdims), dtype, out, bool(return_sign))
+    finally:
+        fesetenv(&callers)
 
 
 cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
@@ -668,8 +670,11 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
 
 
 cdef _backward(fsm_op op, grad, y, axis, temperature, out):
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _backward_any(op, grad, y, axis, temperature, out)
+    finally:
+        fesetenv(&callers)
 
 
 cdef _backward_any(fsm_op op, grad, y, axis, temperature, out):
