@@ -20,8 +20,8 @@ from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdlib cimport llabs
 from numpy cimport (
     NPY_ARRAY_OWNDATA, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16, PyArray_CheckExact, PyArray_DATA,
-    PyArray_DIMS, PyArray_EMPTY, PyArray_FLAGS, PyArray_ISCARRAY, PyArray_ISCARRAY_RO, PyArray_ITEMSIZE, PyArray_NDIM, PyArray_SIZE,
-    PyArray_STRIDES, PyArray_TYPE, ndarray, npy_intp,
+    PyArray_DIMS, PyArray_EMPTY, PyArray_FLAGS, PyArray_ISCARRAY, PyArray_ISCARRAY_RO,
+    PyArray_ITEMSIZE, PyArray_NDIM, PyArray_SIZE, PyArray_STRIDES, PyArray_TYPE, ndarray, npy_intp,
 )
 
 cnp.import_array()
@@ -308,7 +308,7 @@ cdef int _run(fsm_problem *problem) except -1:
 cdef ndarray _plain(fsm_op op, x, axis, out):
     """softmax or log_softmax of a C-contiguous array along its last axis, nothing fused; None if it
     is not that. The checks are C: a small call costs little more than being called."""
-    cdef ndarray a, y
+    cdef ndarray a, y, held_a, held_y
     cdef fsm_problem problem
     cdef fsm_dtype dtype
     cdef int kind, d
@@ -350,7 +350,7 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
         fsm_softmax_small(_active, dtype, op == FSM_LOG_SOFTMAX, PyArray_DATA(a), PyArray_DATA(y),
                           rows, n)
         return y
-    held = _held(a), _held(y)  # small work keeps the GIL
+    held_a, held_y = _held(a), _held(y)  # small work keeps the GIL
     problem.op = op
     problem.compute = FSM_F64 if dtype == FSM_F64 else FSM_F32
     problem.ndim = 2
@@ -358,8 +358,8 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
         problem.operand[d].data = NULL
     problem.shape[0], problem.shape[1] = rows, n
     problem.reduced[0], problem.reduced[1] = 0, 1
-    problem.operand[<int>FSM_X].data = <char *>PyArray_DATA(a)
-    problem.operand[<int>FSM_OUT].data = <char *>PyArray_DATA(y)
+    problem.operand[<int>FSM_X].data = <char *>PyArray_DATA(held_a)
+    problem.operand[<int>FSM_OUT].data = <char *>PyArray_DATA(held_y)
     for d in (<int>FSM_X, <int>FSM_OUT):
         problem.operand[d].dtype = dtype
         problem.operand[d].strides[0] = n * PyArray_ITEMSIZE(a)

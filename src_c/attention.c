@@ -14,8 +14,8 @@
 #include <string.h>
 
 enum {
-    PARTS = 16,            /* of the keys of one query, at the most */
-    PART_KEYS = 512,       /* at the least; a multiple of FSM_DECODE_KEYS */
+    PARTS = 16,             /* of the keys of one query, at the most */
+    PART_KEYS = 512,        /* at the least; a multiple of FSM_DECODE_KEYS */
     SERIAL_BELOW = 1 << 19, /* multiply-adds: 10 us or so, twice the cost of waking a thread */
     MERGE_SLICE = 1 << 21   /* elements between two looks at the signals: 10 ms or so */
 };
@@ -271,7 +271,6 @@ ptrdiff_t fsm_merge_attention(const fsm_merge *m, ptrdiff_t begin) {
                     count = least(rows - begin, MERGE_SLICE / columns + 1);
     const int threads = fsm_is_small(count * columns) ? 1 : m->threads;
     merge_slice slice = {m, begin};
-    if (count > 0)
-        fsm_parallel_for(threads, count, count / (threads * 8) + 1, merge_rows, &slice);
+    if (count > 0) fsm_parallel_for(threads, count, count / (threads * 8) + 1, merge_rows, &slice);
     return begin + count < rows ? begin + count : -1;
 }

@@ -1,8 +1,8 @@
 """Memory: none to be had at the k-th allocation, none lost in a million calls.
 
-tests/c/failing_malloc.c is preloaded, and gets every allocation of arrays, of the library, of libgomp
-and of Python's larger objects. Not the small ones: NumPy 2.4 itself does not survive their failure
-(np.errstate, np.nditer), so neither does a call that uses it.
+tests/c/failing_malloc.c is preloaded, and gets every allocation of arrays, of the library, of
+libgomp and of Python's larger objects. Not the small ones: NumPy 2.4 itself does not survive their
+failure (np.errstate, np.nditer), so neither does a call that uses it.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import F16, F32, assert_same_bits, normal
+from common import F16, F32, normal
 
 import fastsoftmax as fs
 
@@ -183,7 +183,7 @@ def leak(rounds):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("rounds", [1000, pytest.param(125_000, marks=pytest.mark.full)])
 def test_nothing_leaks(rounds):
-    """One lost object a call, of 50 bytes or more, would be 400 KB of 8,000 calls; of 10^6, 50 MB."""
+    """One object of 50 bytes lost a call would be 400 KB of 8,000 calls, 50 MB of 10^6."""
     allowed = 300_000 if rounds < 10_000 else 3_000_000
     assert min(leak(rounds), leak(rounds)) < allowed
 

@@ -4,11 +4,13 @@ That many callers share the threads is tested in C (tests/c/driver.c, teams).
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +111,64 @@ with fs.num_threads(4):
     print(np.array_equal(fs.softmax(x), want), len(os.listdir("/proc/self/task")))
 """
     assert run(code).split() == ["True", "1"]
+
+
+GROUP = "/sys/fs/cgroup"
+NO_LIMIT = str(2**31 - 1)
+QUOTAS = {
+    "none": ({}, NO_LIMIT),
+    "v2, inside a container": ({f"{GROUP}/cpu.max": "150000 100000"}, "2"),
+    "v2, no limit": ({f"{GROUP}/cpu.max": "max 100000"}, NO_LIMIT),
+    "v2, the group's own": (
+        {"/proc/self/cgroup": "0::/a/b\n", f"{GROUP}/a/b/cpu.max": "300000 100000"},
+        "3",
+    ),
+    "v2, a group above has less": (
+        {
+            "/proc/self/cgroup": "0::/a/b\n",
+            f"{GROUP}/a/b/cpu.max": "max 100000",
+            f"{GROUP}/a/cpu.max": "50000 100000",
+        },
+        "1",
+    ),
+    "v1": ({f"{GROUP}/cpu/cpu.cfs_quota_us": "400000",
+            f"{GROUP}/cpu/cpu.cfs_period_us": "100000"}, "4"),
+    "v1, no limit": ({f"{GROUP}/cpu/cpu.cfs_quota_us": "-1",
+                      f"{GROUP}/cpu/cpu.cfs_period_us": "100000"}, NO_LIMIT),
+    "v1, the group's own": (
+        {
+            "/proc/self/cgroup": "4:memory:/m\n3:cpu,cpuacct:/docker/x\n",
+            f"{GROUP}/cpu,cpuacct/docker/x/cpu.cfs_quota_us": "250000",
+            f"{GROUP}/cpu,cpuacct/docker/x/cpu.cfs_period_us": "50000",
+        },
+        "5",
+    ),
+    "v1, another controller's group": (
+        {
+            "/proc/self/cgroup": "4:memory:/m\n",
+            f"{GROUP}/cpu/m/cpu.cfs_quota_us": "100000",
+            f"{GROUP}/cpu/m/cpu.cfs_period_us": "100000",
+        },
+        NO_LIMIT,
+    ),
+    "nonsense": ({f"{GROUP}/cpu.max": "", "/proc/self/cgroup": "no colon\n"}, NO_LIMIT),
+}  # fmt: skip
+
+
+@needs_linux
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_cgroup_quotas(tmp_path):
+    here = Path(__file__).parent
+    program = tmp_path / "quota"
+    subprocess.run(
+        ["cc", "-std=c11", "-pthread", "-I", here.parent / "src_c", here / "c" / "quota.c",
+         "-o", program],
+        check=True,
+    )  # fmt: skip
+    for name, (files, want) in QUOTAS.items():
+        arguments = [part for pair in files.items() for part in pair]
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == want, name
 
 
 @pytest.mark.skipif(not fs.show_config("dicts")["openmp"], reason="built without OpenMP")

@@ -26,7 +26,8 @@ value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, None]) for n
 node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
 model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:]),
                           opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+cpu = ["CPUExecutionProvider"]
+session = onnxruntime.InferenceSession(model.SerializeToString(), providers=cpu)
 def peer():
     return session.run(None, {"x": x})[0]
 """,
