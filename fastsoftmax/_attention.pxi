@@ -50,8 +50,9 @@ cdef _leading(q, k, v):
 
 
 cdef _as_integers(value, name, lead, least, most):
-    """int64, clipped: a single number, or an array broadcast to the leading dimensions."""
-    array = _converted(value, name)
+    """int64, clipped: a single number, or an array broadcast to the leading dimensions. A copy:
+    what was checked stays in range, whoever writes to the array meanwhile."""
+    array = _converted(value, name).copy()
     if isinstance(value, int) and not isinstance(value, bool):  # of any size
         low = high = value
     elif array.dtype.kind in "iu" and not isinstance(value, np.ma.MaskedArray):
@@ -129,7 +130,8 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
     if _result_dtype(q.dtype, None, out) != q.dtype:
         raise TypeError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
     if out is not None:
-        _check_out(out, rows + (v_depth,))
+        y = _held(out)
+        _check_out(y, rows + (v_depth,))
 
     if mask is not None:
         mask = _as_mask(mask, "mask", "; numbers to add to the scores go into bias=")
@@ -157,13 +159,14 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
     problem.compute = <fsm_dtype><int>_code(compute)
     problem.heads, problem.queries, problem.depth = heads, queries, depth
     problem.kv_heads, problem.keys, problem.v_depth = kv_heads, keys, v_depth
-    y = np.empty(rows + (v_depth,), q.dtype) if out is None else out
+    if out is None:
+        y = np.empty(rows + (v_depth,), q.dtype)
     lse = np.empty(rows, compute) if with_lse else None
     weights = np.empty(scores, q.dtype) if with_weights else None
     q, k, v = [array if array.shape[:-3] == lead else
                np.broadcast_to(array, lead + array.shape[-3:]) for array in (q, k, v)]
     q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes = [
-        _apart(array, out, False)
+        array if out is None else _apart(array, y, False)
         for array in (q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes)]
     _enter(&problem.operand[<int>FSM_ATTN_Q], q, ndim + 3)
     _enter(&problem.operand[<int>FSM_ATTN_K], k, ndim + 3)
@@ -178,8 +181,9 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
     _enter(&problem.operand[<int>FSM_ATTN_LSE], lse, ndim + 2)
     _enter(&problem.operand[<int>FSM_ATTN_WEIGHTS], weights, ndim + 3)
     _run_attention(&problem)
-    results = tuple([array for array in (y, lse, weights) if array is not None])
-    return results if len(results) > 1 else y
+    first = y if out is None else out
+    results = tuple([array for array in (first, lse, weights) if array is not None])
+    return results if len(results) > 1 else first
 
 
 cdef int _run_attention(fsm_attention *problem) except -1:
@@ -324,11 +328,14 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
     >>> np.array_equal(y, attention(*batch, mask=padding))
     True
     """
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _attention(q, k, v, mask, bias, _as_flag(is_causal, "is_causal"), q_offset,
                           kv_lengths, window, scale, softcap, sinks, alibi_slopes, out,
                           _as_flag(return_lse, "return_lse"),
                           _as_flag(return_weights, "return_weights"))
+    finally:
+        fesetenv(&callers)
 
 
 # ---- merge_attention ----
@@ -336,6 +343,7 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
 cdef _merge(out_a, lse_a, out_b, lse_b):
     cdef fsm_merge problem
     cdef int d, ndim
+    cdef ptrdiff_t row = 0
     out_a, out_b = _as_floating(out_a, "out_a", None), _as_floating(out_b, "out_b", None)
     lse_a, lse_b = _as_floating(lse_a, "lse_a", None), _as_floating(lse_b, "lse_b", None)
     if out_a.dtype != out_b.dtype:
@@ -368,8 +376,10 @@ cdef _merge(out_a, lse_a, out_b, lse_b):
     _enter(&problem.operand[<int>FSM_MERGE_LSE_B], lse_b, ndim)
     _enter(&problem.operand[<int>FSM_MERGE_OUT], out, ndim + 1)
     _enter(&problem.operand[<int>FSM_MERGE_LSE], lse, ndim)
-    with nogil:
-        fsm_merge_attention(&problem)
+    while row >= 0:
+        with nogil:
+            row = fsm_merge_attention(&problem, row)
+        PyErr_CheckSignals()
     return out, lse if lse.ndim else lse[()]
 
 
@@ -426,5 +436,8 @@ def merge_attention(out_a, lse_a, out_b, lse_b, /):
     >>> np.allclose(out, attention(q, k, v), atol=1e-5)
     True
     """
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _merge(out_a, lse_a, out_b, lse_b)
+    finally:
+        fesetenv(&callers)

@@ -87,7 +87,7 @@ cdef extern from "fastsoftmax.h" nogil:
         ptrdiff_t columns
         fsm_array *operand
 
-    void fsm_merge_attention(const fsm_merge *problem)
+    ptrdiff_t fsm_merge_attention(const fsm_merge *problem, ptrdiff_t begin)
 
     const fsm_isa *fsm_isa_at(int i)
     const char *fsm_isa_name(const fsm_isa *isa)

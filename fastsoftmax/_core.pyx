@@ -15,11 +15,13 @@ import numpy as np
 
 cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_INCREF, PyObject
+from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdlib cimport llabs
 from numpy cimport (
-    NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16, PyArray_CheckExact, PyArray_DATA, PyArray_DIMS,
-    PyArray_EMPTY, PyArray_ISCARRAY, PyArray_ISCARRAY_RO, PyArray_ITEMSIZE, PyArray_NDIM,
-    PyArray_SIZE, PyArray_TYPE, ndarray, npy_intp,
+    NPY_ARRAY_OWNDATA, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16, PyArray_CheckExact, PyArray_DATA,
+    PyArray_DIMS, PyArray_EMPTY, PyArray_FLAGS, PyArray_ISCARRAY, PyArray_ISCARRAY_RO,
+    PyArray_ITEMSIZE, PyArray_NDIM, PyArray_SIZE, PyArray_STRIDES, PyArray_TYPE, ndarray, npy_intp,
 )
 
 cnp.import_array()
@@ -75,8 +77,32 @@ cdef bint _as_flag(value, name) except -1:
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}") from error
 
 
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewFromDescr(type kind, object dtype, int ndim, npy_intp *shape,
+                                npy_intp *strides, void *data, int flags, PyObject *template)
+
+
+cdef ndarray _held(ndarray array):
+    """A view whose shape is its own and whose memory stays, whatever another thread, or the code of
+    another argument, does to the array meanwhile: NumPy does not resize what has a weak reference,
+    not even without refcheck."""
+    cdef ndarray view
+    cdef object owner = array, base = cnp.get_array_base(array)
+    cdef int flags = PyArray_FLAGS(array) & ~NPY_ARRAY_OWNDATA
+    while isinstance(base, ndarray):
+        owner, base = base, cnp.get_array_base(base)
+    kept = array, PyWeakref_NewRef(owner, None)
+    dtype = array.dtype
+    Py_INCREF(dtype)  # the next call takes one
+    view = PyArray_NewFromDescr(ndarray, dtype, PyArray_NDIM(array), PyArray_DIMS(array),
+                                PyArray_STRIDES(array), PyArray_DATA(array), flags, NULL)
+    cnp.set_array_base(view, kept)
+    return view
+
+
 cpdef ndarray _as_array(value, name, mask="where"):
-    """An ndarray of native byte order, of a type that C knows. `mask` is the argument for masks."""
+    """An ndarray of native byte order, of a type that C knows, held. `mask` is the argument for
+    masks."""
     if isinstance(value, np.ma.MaskedArray):
         hint = f", and {mask}=~mask" if mask else ""
         raise TypeError(f"{name} must not be a MaskedArray; pass its data{hint}")
@@ -88,7 +114,7 @@ cpdef ndarray _as_array(value, name, mask="where"):
                         "float32, float64, integers and bool")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return array
+    return _held(array)
 
 
 cdef ndarray _as_floats(value, name, compute, mask="where"):
@@ -298,7 +324,7 @@ cdef int _run(fsm_problem *problem) except -1:
 cdef ndarray _plain(fsm_op op, x, axis, out):
     """softmax or log_softmax of a C-contiguous array along its last axis, nothing fused; None if it
     is not that. The checks are C: a small call costs little more than being called."""
-    cdef ndarray a, y
+    cdef ndarray a, y, held_a, held_y
     cdef fsm_problem problem
     cdef fsm_dtype dtype
     cdef int kind, d
@@ -340,6 +366,7 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
         fsm_softmax_small(_active, dtype, op == FSM_LOG_SOFTMAX, PyArray_DATA(a), PyArray_DATA(y),
                           rows, n)
         return y
+    held_a, held_y = _held(a), _held(y)  # small work keeps the GIL
     problem.op = op
     problem.compute = FSM_F64 if dtype == FSM_F64 else FSM_F32
     problem.ndim = 2
@@ -347,8 +374,8 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
         problem.operand[d].data = NULL
     problem.shape[0], problem.shape[1] = rows, n
     problem.reduced[0], problem.reduced[1] = 0, 1
-    problem.operand[<int>FSM_X].data = <char *>PyArray_DATA(a)
-    problem.operand[<int>FSM_OUT].data = <char *>PyArray_DATA(y)
+    problem.operand[<int>FSM_X].data = <char *>PyArray_DATA(held_a)
+    problem.operand[<int>FSM_OUT].data = <char *>PyArray_DATA(held_y)
     for d in (<int>FSM_X, <int>FSM_OUT):
         problem.operand[d].dtype = dtype
         problem.operand[d].strides[0] = n * PyArray_ITEMSIZE(a)
@@ -365,23 +392,22 @@ cdef extern from "<fenv.h>" nogil:
     int fesetenv(const fenv_t *environment)
 
 
-cdef class _OwnEnvironment:
-    """Context manager: the default floating-point modes inside, so that NumPy's arithmetic on the
-    arguments rounds to nearest; the caller's modes and status flags afterwards."""
-
-    cdef fenv_t environment
-
-    def __enter__(self):
-        fegetenv(&self.environment)
-        fesetenv(FE_DFL_ENV)
-
-    def __exit__(self, *exc_info):
-        fesetenv(&self.environment)
+cdef fenv_t _own_environment() noexcept:
+    """Sets the default floating-point modes, so that NumPy's arithmetic on the arguments rounds to
+    nearest; the caller's modes and status flags, for fesetenv afterwards. (Not a context manager:
+    those of Cython crash when there is no memory for a traceback.)"""
+    cdef fenv_t callers
+    fegetenv(&callers)
+    fesetenv(FE_DFL_ENV)
+    return callers
 
 
 cdef _softmax(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _softmax_any(op, x, axis, bias, where, temperature, dtype, out, negate)
+    finally:
+        fesetenv(&callers)
 
 
 cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
@@ -399,18 +425,20 @@ cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint
     if out is None:
         y = np.empty_like(a, result, subok=False)
     else:
-        y = out
-        _check_out(out, shape)
-        a = _apart(a, out, True)
-        bias = _apart(bias, out, False)
-        where = _apart(where, out, False)
+        y = _held(out)
+        _check_out(y, shape)
+        a = _apart(a, y, True)
+        bias = _apart(bias, y, False)
+        where = _apart(where, y, False)
     _describe(&problem, FSM_X, a)
     _describe(&problem, FSM_BIAS, bias)
     _describe(&problem, FSM_WHERE, where)
     _describe(&problem, FSM_SCALE, scale)
     _describe(&problem, FSM_OUT, y)
     _run(&problem)
-    return y if out is not None or y.ndim else y[()]
+    if out is not None:
+        return out
+    return y if y.ndim else y[()]
 
 
 def softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=None, out=None):
@@ -606,9 +634,12 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
     >>> float(value.round(4)), float(sign)
     (1.5413, -1.0)
     """
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _logsumexp(x, axis, b, where, _as_flag(keepdims, "keepdims"), dtype, out,
                           _as_flag(return_sign, "return_sign"))
+    finally:
+        fesetenv(&callers)
 
 
 cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
@@ -628,9 +659,9 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
     if out is None:
         y = np.empty(reduced, result)
     else:
-        y = out
-        _check_out(out, reduced)
-        a, b, where = _apart(a, out, False), _apart(b, out, False), _apart(where, out, False)
+        y = _held(out)
+        _check_out(y, reduced)
+        a, b, where = _apart(a, y, False), _apart(b, y, False), _apart(where, y, False)
     sign = np.empty(reduced, result) if signed else None
     if a.size == 0:
         y.fill(-np.inf)
@@ -646,7 +677,9 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
         if signed and b is None:  # a sum of exponentials: 1, 0 if it is empty, NaN if it is NaN
             sign[...] = y > -np.inf
             np.copyto(sign, y, where=np.isnan(y), casting="same_kind")
-    if out is None and y.ndim == 0:
+    if out is not None:
+        y = out
+    elif y.ndim == 0:
         y = y[()]
     if signed:
         return y, sign if sign.ndim else sign[()]
@@ -654,8 +687,11 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
 
 
 cdef _backward(fsm_op op, grad, y, axis, temperature, out):
-    with _OwnEnvironment():
+    cdef fenv_t callers = _own_environment()
+    try:
         return _backward_any(op, grad, y, axis, temperature, out)
+    finally:
+        fesetenv(&callers)
 
 
 cdef _backward_any(fsm_op op, grad, y, axis, temperature, out):
@@ -675,15 +711,17 @@ cdef _backward_any(fsm_op op, grad, y, axis, temperature, out):
     if out is None:
         dx = np.empty_like(g, result, subok=False)
     else:
-        dx = out
-        _check_out(out, shape)
-        g, v = _apart(g, out, True), _apart(v, out, True)
+        dx = _held(out)
+        _check_out(dx, shape)
+        g, v = _apart(g, dx, True), _apart(v, dx, True)
     _describe(&problem, FSM_X, g)
     _describe(&problem, FSM_Y, v)
     _describe(&problem, FSM_SCALE, scale)
     _describe(&problem, FSM_OUT, dx)
     _run(&problem)
-    return dx if out is not None or dx.ndim else dx[()]
+    if out is not None:
+        return out
+    return dx if dx.ndim else dx[()]
 
 
 def softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):

@@ -14,9 +14,10 @@
 #include <string.h>
 
 enum {
-    PARTS = 16,            /* of the keys of one query, at the most */
-    PART_KEYS = 512,       /* at the least; a multiple of FSM_DECODE_KEYS */
-    SERIAL_BELOW = 1 << 19 /* multiply-adds: 10 us or so, twice the cost of waking a thread */
+    PARTS = 16,             /* of the keys of one query, at the most */
+    PART_KEYS = 512,        /* at the least; a multiple of FSM_DECODE_KEYS */
+    SERIAL_BELOW = 1 << 19, /* multiply-adds: 10 us or so, twice the cost of waking a thread */
+    MERGE_SLICE = 1 << 21   /* elements between two looks at the signals: 10 ms or so */
 };
 static const double UNIT = 0x1p29;  /* multiply-adds of a unit, about, at the most: 10 ms */
 static const double SLICE = 0x1p30; /* and of a slice, for each thread; portable C: 1/16 of it */
@@ -240,13 +241,19 @@ fsm_status fsm_attention_run(fsm_attention_plan *p) {
 
 /* ---- merge_attention ---- */
 
+typedef struct {
+    const fsm_merge *problem;
+    ptrdiff_t begin;
+} merge_slice;
+
 static void merge_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
-    const fsm_merge *m = context;
+    const merge_slice *slice = context;
+    const fsm_merge *m = slice->problem;
     const fsm_kernels *kernels = m->compute == FSM_F64 ? m->isa->f64 : m->isa->f32;
     fsm_dtype dtype[FSM_MERGE_COUNT];
     (void)thread;
     for (int o = 0; o < FSM_MERGE_COUNT; o++) dtype[o] = m->operand[o].dtype;
-    for (ptrdiff_t r = begin; r < end; r++) {
+    for (ptrdiff_t r = slice->begin + begin; r < slice->begin + end; r++) {
         fsm_matrix row[FSM_MERGE_COUNT];
         for (int o = 0; o < FSM_MERGE_COUNT; o++) {
             const fsm_array *array = &m->operand[o];
@@ -257,11 +264,13 @@ static void merge_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
     }
 }
 
-void fsm_merge_attention(const fsm_merge *m) {
+ptrdiff_t fsm_merge_attention(const fsm_merge *m, ptrdiff_t begin) {
     ptrdiff_t rows = 1;
     for (int d = 0; d < m->ndim; d++) rows *= m->shape[d];
-    const ptrdiff_t elements = rows * most(m->columns, 1);
-    const int threads = fsm_is_small(elements) ? 1 : m->threads;
-    if (rows)
-        fsm_parallel_for(threads, rows, rows / (threads * 8) + 1, merge_rows, (void *)(uintptr_t)m);
+    const ptrdiff_t columns = most(m->columns, 1),
+                    count = least(rows - begin, MERGE_SLICE / columns + 1);
+    const int threads = fsm_is_small(count * columns) ? 1 : m->threads;
+    merge_slice slice = {m, begin};
+    if (count > 0) fsm_parallel_for(threads, count, count / (threads * 8) + 1, merge_rows, &slice);
+    return begin + count < rows ? begin + count : -1;
 }

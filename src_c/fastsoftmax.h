@@ -159,7 +159,8 @@ typedef struct {
     fsm_array operand[FSM_MERGE_COUNT];
 } fsm_merge;
 
-void fsm_merge_attention(const fsm_merge *problem);
+/* A slice of the rows, from `begin` on. Returns where the next one begins, -1 if all is done. */
+ptrdiff_t fsm_merge_attention(const fsm_merge *problem, ptrdiff_t begin);
 
 /* ---- what there is ---- */
 

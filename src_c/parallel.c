@@ -1,9 +1,11 @@
 /* Threads: how many, how work is cut, fork. The only file that knows OpenMP. */
 #if defined(__linux__)
 #define _GNU_SOURCE
+#include <ctype.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #endif
 
@@ -149,16 +151,67 @@ int fsm_has_openmp(void) {
 /* ---- OpenMP's own limit, and fork ---- */
 
 #ifdef _OPENMP
-/* This process is the child of one that may have had a team: libgomp would wait for it for ever. */
-static atomic_int forked;
+/* This process was forked by a thread whose team could not be let go: libgomp would wait for it for
+ * ever, so calls are serial. */
+static atomic_int orphaned;
+/* Threads that run besides those that called. A call gets what is left, down to none: so there are
+ * never more running than callers and CPUs. */
+static atomic_int helping;
 static atomic_int first_limit = -1; /* what OpenMP allowed when it was first asked */
+
+#if defined(__linux__)
+/* The team that libgomp keeps for this thread; it lets go of those that a smaller one leaves. */
+static _Thread_local int team = 1;
+static size_t stack_size; /* of its threads; 0: the usual one */
+
+/* fork copies the thread that calls it and no other. libgomp would go on to count on the threads of
+ * its team in the child, where they do not exist; so the team is let go of before, and parent and
+ * child form new ones when they need them. That fails inside a parallel region. */
+static _Thread_local int let_go;
+
+static void before_fork(void) {
+    let_go = 0;
+#if __GNUC__ >= 9 || _OPENMP >= 201811
+    let_go = !atomic_load(&orphaned) && omp_pause_resource_all(omp_pause_soft) == 0;
+    if (let_go) team = 1;
+#endif
+}
+
+static void in_child(void) {
+    atomic_store(&helping, 0);
+    if (!let_go) atomic_store(&orphaned, 1);
+}
+
+/* As libgomp reads it: KiB if there is no unit. */
+static size_t stack_size_in(const char *variable) {
+    static const char units[] = "bkmg";
+    const char *value = getenv(variable);
+    char *end;
+    if (!value) return 0;
+    const unsigned long long number = strtoull(value, &end, 10);
+    while (*end == ' ') end++;
+    const char *unit = strchr(units, *end ? tolower((unsigned char)*end) : 'k');
+    return unit ? (size_t)number << 10 * (unit - units) : 0;
+}
+
+static void at_first(void) {
+    stack_size = stack_size_in("OMP_STACKSIZE");
+    if (!stack_size) stack_size = stack_size_in("GOMP_STACKSIZE");
+    pthread_atfork(before_fork, NULL, in_child);
+}
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+#endif
 #endif
 
 int fsm_openmp_limit(void) {
 #ifdef _OPENMP
     int now = omp_get_max_threads(), unset = -1;
     atomic_compare_exchange_strong(&first_limit, &unset, now);
-    if (atomic_load(&forked)) return 1;
+#if defined(__linux__)
+    pthread_once(&once, at_first); /* while the environment is that which libgomp saw */
+#endif
+    if (atomic_load(&orphaned)) return 1;
     return now < atomic_load(&first_limit) ? now : INT_MAX;
 #else
     return 1;
@@ -168,10 +221,6 @@ int fsm_openmp_limit(void) {
 /* ---- teams ---- */
 
 #ifdef _OPENMP
-/* Threads that run besides those that called. A call gets what is left, down to none: so there are
- * never more running than callers and CPUs. */
-static atomic_int helping;
-
 static int reserve(int wanted) {
     int busy = atomic_load(&helping), got;
     do got = wanted > busy ? wanted - busy : 0;
@@ -180,40 +229,45 @@ static int reserve(int wanted) {
 }
 
 #if defined(__linux__)
-static void in_child(void) {
-    atomic_store(&forked, 1);
-    atomic_store(&helping, 0);
-}
-static void watch_fork(void) { pthread_atfork(NULL, NULL, in_child); }
-
 static void *pass_through(void *gate) {
     pthread_mutex_lock(gate);
     pthread_mutex_unlock(gate);
     return NULL;
 }
 
-/* libgomp ends the process if it cannot start a thread (RLIMIT_NPROC, RLIMIT_AS). So before it has
- * to, this starts as many, of the same stack unless OMP_STACKSIZE is set, and lets them go. */
+/* Whether so many threads can be started, of the stack that libgomp's have. They are let go at
+ * once. */
 static int can_start(int count) {
     enum { MOST = 1024 };
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
     pthread_t thread[MOST];
+    pthread_attr_t attributes;
     int started = 0;
-    if (count > MOST) return 0;
+    if (count > MOST || pthread_attr_init(&attributes)) return 0;
+    if (stack_size) pthread_attr_setstacksize(&attributes, stack_size); /* too small: the usual */
     pthread_mutex_lock(&gate);
-    while (started < count && pthread_create(&thread[started], NULL, pass_through, &gate) == 0)
+    while (started < count &&
+           pthread_create(&thread[started], &attributes, pass_through, &gate) == 0)
         started++;
     pthread_mutex_unlock(&gate);
     for (int i = 0; i < started; i++) pthread_join(thread[i], NULL);
+    pthread_attr_destroy(&attributes);
     return started == count;
 }
 
-/* The team that libgomp keeps for this thread; it lets go of those that a smaller one leaves. */
-static _Thread_local int team = 1;
+/* Whether there is the memory that libgomp needs for a team: 3 KB and 0.2 KB a thread (GCC 12), here
+ * with room to spare. */
+static int has_memory(int threads) {
+    void *room = malloc(((size_t)threads << 10) + (1 << 14));
+    free(room);
+    return room != NULL;
+}
 
+/* libgomp ends the process if it cannot start a thread (RLIMIT_NPROC, RLIMIT_AS) or has no memory.
+ * So what it is going to take is tried before. */
 static int form_team(int threads) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, watch_fork);
+    pthread_once(&once, at_first);
+    if (threads != team && !has_memory(threads)) return 1;
     if (threads > team && !can_start(threads - team)) return 1;
     return team = threads;
 }
@@ -226,7 +280,7 @@ static int form_team(int threads) { return threads; }
 
 void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context) {
 #ifdef _OPENMP
-    if (threads > 1 && n > grain && !omp_in_parallel() && !atomic_load(&forked)) {
+    if (threads > 1 && n > grain && !omp_in_parallel() && !atomic_load(&orphaned)) {
         const int helpers = reserve(threads - 1);
         threads = helpers ? form_team(1 + helpers) : 1;
         if (threads > 1) {

@@ -154,6 +154,22 @@ def test_inner_extents(isa, dtype, inner):
             assert_same_bits(function(x.T.copy(), 0), want.T, (n, inner))
 
 
+@pytest.mark.parametrize("n", [1, 7, 33, 130, 1000])
+def test_every_address(isa, dtype, n):
+    """x at every offset from a multiple of 64 bytes, out at another one."""
+    x = logits((3, n), dtype, n)
+    want = {function: function(x) for function in FAMILY}
+    raw, target = (np.empty(x.nbytes + 128, np.uint8) for _ in range(2))
+    for offset in range(64):
+        here, there = (
+            a[(offset * step - a.ctypes.data) % 64 :][: x.nbytes].view(dtype).reshape(x.shape)
+            for a, step in ((raw, 1), (target, 37))
+        )
+        here[...] = x
+        for function in FAMILY:
+            assert_same_bits(function(here, out=there), want[function], (n, offset))
+
+
 # --- the order of the entries, and entries that take no part --------------------------------------
 
 

@@ -4,11 +4,13 @@ That many callers share the threads is tested in C (tests/c/driver.c, teams).
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +70,125 @@ with fs.num_threads(4):
     assert free in ("True 4", "True 1" if not fs.show_config("dicts")["openmp"] else "")
 
 
+@needs_linux
+def test_threads_of_a_larger_stack_that_cannot_be_started():
+    """The stacks of OMP_STACKSIZE: 512 MB each, where there is room for the usual ones."""
+    code = """
+import os, resource
+import numpy as np, fastsoftmax as fs
+x = np.random.default_rng(0).standard_normal((500, 1000), np.float32)
+with fs.num_threads(1):
+    want = fs.softmax(x)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20), resource.RLIM_INFINITY))
+with fs.num_threads(4):
+    print(np.array_equal(fs.softmax(x), want), len(os.listdir("/proc/self/task")))
+"""
+    for value in ("512M", "524288", "0.5g", "512 m"):
+        env = os.environ | {"OMP_STACKSIZE": value, "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, (value, done.stderr)
+        if value != "0.5g":  # which libgomp does not understand, either
+            assert done.stdout.split() == ["True", "1"], value
+
+
+@needs_linux
+def test_no_more_processes():
+    """RLIMIT_NPROC, which root does not feel: root becomes somebody else first."""
+    code = """
+import os, resource
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+import numpy as np, fastsoftmax as fs
+x = np.random.default_rng(0).standard_normal((500, 1000), np.float32)
+with fs.num_threads(1):
+    want = fs.softmax(x)
+if os.getuid() == 0:
+    os.setuid(65534)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+with fs.num_threads(4):
+    print(np.array_equal(fs.softmax(x), want), len(os.listdir("/proc/self/task")))
+"""
+    assert run(code).split() == ["True", "1"]
+
+
+GROUP = "/sys/fs/cgroup"
+NO_LIMIT = str(2**31 - 1)
+QUOTAS = {
+    "none": ({}, NO_LIMIT),
+    "v2, inside a container": ({f"{GROUP}/cpu.max": "150000 100000"}, "2"),
+    "v2, no limit": ({f"{GROUP}/cpu.max": "max 100000"}, NO_LIMIT),
+    "v2, the group's own": (
+        {"/proc/self/cgroup": "0::/a/b\n", f"{GROUP}/a/b/cpu.max": "300000 100000"},
+        "3",
+    ),
+    "v2, a group above has less": (
+        {
+            "/proc/self/cgroup": "0::/a/b\n",
+            f"{GROUP}/a/b/cpu.max": "max 100000",
+            f"{GROUP}/a/cpu.max": "50000 100000",
+        },
+        "1",
+    ),
+    "v1": ({f"{GROUP}/cpu/cpu.cfs_quota_us": "400000",
+            f"{GROUP}/cpu/cpu.cfs_period_us": "100000"}, "4"),
+    "v1, no limit": ({f"{GROUP}/cpu/cpu.cfs_quota_us": "-1",
+                      f"{GROUP}/cpu/cpu.cfs_period_us": "100000"}, NO_LIMIT),
+    "v1, the group's own": (
+        {
+            "/proc/self/cgroup": "4:memory:/m\n3:cpu,cpuacct:/docker/x\n",
+            f"{GROUP}/cpu,cpuacct/docker/x/cpu.cfs_quota_us": "250000",
+            f"{GROUP}/cpu,cpuacct/docker/x/cpu.cfs_period_us": "50000",
+        },
+        "5",
+    ),
+    "v1, another controller's group": (
+        {
+            "/proc/self/cgroup": "4:memory:/m\n",
+            f"{GROUP}/cpu/m/cpu.cfs_quota_us": "100000",
+            f"{GROUP}/cpu/m/cpu.cfs_period_us": "100000",
+        },
+        NO_LIMIT,
+    ),
+    "nonsense": ({f"{GROUP}/cpu.max": "", "/proc/self/cgroup": "no colon\n"}, NO_LIMIT),
+}  # fmt: skip
+
+
+@needs_linux
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_cgroup_quotas(tmp_path):
+    here = Path(__file__).parent
+    program = tmp_path / "quota"
+    subprocess.run(
+        ["cc", "-std=c11", "-pthread", "-I", here.parent / "src_c", here / "c" / "quota.c",
+         "-o", program],
+        check=True,
+    )  # fmt: skip
+    for name, (files, want) in QUOTAS.items():
+        arguments = [part for pair in files.items() for part in pair]
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == want, name
+
+
+@pytest.mark.skipif(not fs.show_config("dicts")["openmp"], reason="built without OpenMP")
+def test_threadpoolctl(threads):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    code = """
+import threadpoolctl, fastsoftmax as fs
+fs.set_num_threads(4)
+counts = [fs.get_num_threads()]
+for limit in (1, 2, 64):
+    with threadpoolctl.threadpool_limits(limit, user_api="openmp"):
+        counts.append(fs.get_num_threads())
+print(*counts, fs.get_num_threads())
+"""
+    assert threadpoolctl.threadpool_info()
+    env = os.environ | {"OMP_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["4", "1", "2", "4", "4"], done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_while_another_thread_is_inside_a_call():
     x = normal((2000, 1000), F32)
@@ -113,11 +234,13 @@ print(both(0) == want)
     "prepare, call",
     [
         ("x = np.broadcast_to(np.float64(1), (1, 2**33))", "fs.logsumexp(x)"),
+        ("x = np.ones(2**27, 'f2')\nfs.set_num_threads(1)",
+         "while True: fs.softmax(x, temperature=2.0, out=x)"),
         ("q, k, v = np.ones((3, 64, 16384, 64), 'f4')", "fs.attention(q, k, v)"),
         ("q = np.ones((64, 1, 64), 'f4'); k = np.broadcast_to(q, (64, 2**22, 64))",
          "fs.attention(q, k, k)"),
     ],
-    ids=["one huge row", "attention", "one query"],
+    ids=["logsumexp of one huge row", "one huge row", "attention", "one query"],
 )  # fmt: skip
 def test_ctrl_c(prepare, call):
     """KeyboardInterrupt soon, inputs intact, and the next call works."""
@@ -137,6 +260,8 @@ try:
 except KeyboardInterrupt:
     print(time.monotonic() - sent)
 assert abs(float(fs.softmax([0.0, 0.0])[0]) - 0.5) < 1e-9
+if "q" in globals():
+    assert (q == 1).all(), "the input has changed"
 """
     assert float(run(code)) < 0.3, "seconds from the signal to the exception"
 
