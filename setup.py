@@ -15,6 +15,7 @@ import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
 # Flags by compiler_type. They come after those of CFLAGS, and win. None may break the rules of
@@ -91,12 +92,30 @@ class BuildExt(build_ext):
         return True
 
 
+class BuildPy(build_py):
+    """Put the header, of which there is one copy, where fastsoftmax.get_include() looks for it."""
+
+    header = "src_c/fastsoftmax.h"
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            (target,) = self.get_outputs(include_bytecode=False)[-1:]
+            self.mkpath(os.path.dirname(target))
+            self.copy_file(self.header, target)
+
+    def get_outputs(self, include_bytecode=True):
+        target = os.path.join(self.build_lib, "fastsoftmax", "include", "fastsoftmax.h")
+        return [*super().get_outputs(include_bytecode), target]
+
+
 core = Extension(
     "fastsoftmax._core",
     [
         "fastsoftmax/_core.pyx",
         "src_c/attention.c",
         "src_c/dispatch.c",
+        "src_c/embed.c",
         "src_c/parallel.c",
         "src_c/softmax.c",
     ],
@@ -106,5 +125,5 @@ core = Extension(
 directives = {"language_level": 3, "binding": True, "embedsignature": True}
 setup(
     ext_modules=cythonize([core], build_dir="build", compiler_directives=directives),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )
