@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
+EXAMPLES = $(wildcard examples/*/*/*.c)
 
 .PHONY: help build test full lint format sanitize valgrind clean
 .DEFAULT_GOAL = help
@@ -22,13 +23,13 @@ full:  ## run the tests that take longer (after make build)
 lint:  ## check style, change nothing
 	ruff check .
 	ruff format --check .
-	cython-lint fastsoftmax
-	$(CLANG_FORMAT) --dry-run --Werror $(C_FILES)
+	cython-lint fastsoftmax examples
+	$(CLANG_FORMAT) --dry-run --Werror $(C_FILES) $(EXAMPLES)
 
 format:  ## format the sources in place
 	ruff check --fix --exit-zero .
 	ruff format .
-	$(CLANG_FORMAT) -i $(C_FILES)
+	$(CLANG_FORMAT) -i $(C_FILES) $(EXAMPLES)
 
 # The C library without Python: the drivers in tests/c under the sanitizers, and, with fewer tests,
 # valgrind, which watches the ends of arrays itself and has no AVX-512.
