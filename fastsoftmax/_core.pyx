@@ -3,8 +3,8 @@
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
 which to compute and to store. This file has the softmax family and the settings, _attention.pxi the
-attention functions, _ufuncs.pxi the loops of the ufuncs, _embedding.pxi what other people's compiled
-code calls.
+attention functions, _ufuncs.pxi the loops of the ufuncs, _embedding.pxi what compiled code of other
+people calls.
 """
 
 import os

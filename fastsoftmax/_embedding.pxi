@@ -1,5 +1,5 @@
-# What other people's compiled code calls and finds: a part of _core.pyx. Cython exports these functions
-# in __pyx_capi__; fastsoftmax.h says what they do. All they add is the ISA in use.
+# What compiled code of other people calls and finds: a part of _core.pyx. Cython exports these
+# functions in __pyx_capi__; fastsoftmax.h says what they do. All they add is the ISA in use.
 
 cdef fsm_status compute_softmax(const fsm_problem *problem) noexcept nogil:
     cdef fsm_problem chosen

@@ -1,13 +1,13 @@
 """softmax, log_softmax and logsumexp as ufuncs of NumPy, for libraries that work with ufuncs.
 
-``softmax`` and ``log_softmax`` have the signature ``(n)->(n)``, ``logsumexp`` ``(n)->()``. They give
-the bits of :func:`fastsoftmax.softmax`, :func:`fastsoftmax.log_softmax` and
+``softmax`` and ``log_softmax`` have the signature ``(n)->(n)``, ``logsumexp`` ``(n)->()``. They
+give the bits of :func:`fastsoftmax.softmax`, :func:`fastsoftmax.log_softmax` and
 :func:`fastsoftmax.logsumexp` along one axis, by the same kernels, on as many threads, and take what
 every generalized ufunc takes: ``axis``, ``axes``, ``out``, ``dtype``, ``casting``, ``keepdims``.
 
 **When to use which.** The functions of the package are the main interface: several axes, ``bias``,
-``where``, ``temperature``, weights, mixed types in one pass, in place without a copy, all array-likes.
-They turn what they are given into an ndarray. Use the ufuncs for what must stay what it is: NumPy
+``where``, ``temperature``, weights, mixed types in one pass, in place without a copy, and any
+array-like, which they turn into an ndarray. Use the ufuncs for what must stay what it is: NumPy
 lets an argument with ``__array_ufunc__`` take over, so that
 
 - a dask array stays lazy, and its chunks are computed by its workers; the axis must be one chunk;
@@ -24,10 +24,9 @@ for a softmax of each list. Pad a jagged array and mask the padding, which chang
     inside = np.arange(padded.shape[1]) < ak.to_numpy(counts)[:, None]
     result = ak.unflatten(fastsoftmax.softmax(padded, where=inside)[inside], counts)
 
-What differs otherwise: ``logsumexp`` is that of the last axis, not of all; float16, bfloat16, float32
-and float64 have loops, what NumPy can cast to one of them without loss is computed in float64;
-masked arrays are taken for their data, as by all ufuncs; an ``out`` that overlaps the input, also x
-itself, costs a copy.
+What differs otherwise: ``logsumexp`` is that of the last axis, not of all; x needs a dimension; an
+``out`` that overlaps the input, also x itself, costs a copy; masked arrays are not refused, but what
+they mask takes part.
 
 Importing this module imports ml_dtypes if it is installed, for its bfloat16.
 

@@ -24,7 +24,8 @@
  *                    the most, its own included, at least 1. Callers that run at once share the
  *                    CPUs; where no thread can be started a call computes alone.
  * Floating point     Callers may have any rounding mode and any flags: the default mode is set while
- *                    kernels run, and afterwards both are as they were.
+ *                    kernels run, and afterwards both are as they were. Making a plan of attention
+ *                    may raise flags.
  * Errors             An fsm_status below 0. There is no other way out: nothing is printed, no signal
  *                    raised, no exception set.
  *
@@ -66,7 +67,7 @@ typedef enum {
 
 typedef enum {
     FSM_DONE = 0,
-    FSM_AGAIN = 1,  /* a slice is done, more is left */
+    FSM_AGAIN = 1,    /* a slice is done, more is left */
     FSM_NOMEM = -1,   /* scratch could not be had; nothing was written */
     FSM_INVALID = -2, /* an argument is out of range; nothing was written */
 } fsm_status;
@@ -98,7 +99,7 @@ typedef struct {
     int threads;       /* at most so many; small work uses fewer */
     const fsm_isa *isa;
     ptrdiff_t shape[FSM_MAX_NDIM];
-    unsigned char reduced[FSM_MAX_NDIM]; /* 1: this dimension belongs to the softmax axis */
+    unsigned char reduced[FSM_MAX_NDIM];  /* 1: this dimension belongs to the softmax axis */
     fsm_array operand[FSM_OPERAND_COUNT]; /* of this shape; OUT may be X or Y, with its strides and
                                              dtype, and must share no other memory with an input */
 } fsm_problem;
@@ -255,8 +256,8 @@ void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x,
 void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n); /* for its tests */
 
 /* Threads. */
-int fsm_usable_cpus(void); /* min(affinity, cgroup quota), at least 1 */
-int fsm_has_openmp(void);  /* 0: every call computes alone */
+int fsm_usable_cpus(void);  /* min(affinity, cgroup quota), at least 1 */
+int fsm_has_openmp(void);   /* 0: every call computes alone */
 int fsm_openmp_limit(void); /* an OpenMP limit lowered since the library was loaded, else INT_MAX */
 
 /* ---- from other extension modules ---- */

@@ -1,4 +1,4 @@
-"""fastsoftmax.ufuncs in the libraries that work with ufuncs. Each is skipped where it is missing."""
+"""fastsoftmax.ufuncs in libraries that work with ufuncs; skipped where one is missing."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""fastsoftmax in other people's compiled code: the package in examples/embedding, built and used."""
+"""fastsoftmax in other people's compiled code: examples/embedding is built and used."""
 
 import ctypes
 import os
@@ -45,7 +45,7 @@ def embedded(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-# --- the C functions themselves, through their pointers ---------------------------------------------
+# --- the C functions themselves, through their pointers -------------------------------------------
 
 SIZE, POINTER, INT = ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_int
 DONE, INVALID = 0, -2
@@ -157,7 +157,7 @@ def test_attention_heads_refuses():
     assert attention_heads(*good) == DONE
 
 
-# --- Cython -----------------------------------------------------------------------------------------
+# --- Cython ---------------------------------------------------------------------------------------
 
 
 def test_header():
@@ -196,7 +196,7 @@ def test_cython_in_python_threads(embedded):
         assert_same_bits(y, fs.softmax(x))
 
 
-# --- C and Numba ------------------------------------------------------------------------------------
+# --- C and Numba ----------------------------------------------------------------------------------
 
 
 def test_c(isa, embedded):

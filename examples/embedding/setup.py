@@ -1,8 +1,9 @@
 """Two extension modules, one in Cython and one in C. Neither is linked with anything."""
 
-import fastsoftmax
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+
+import fastsoftmax
 
 include = [fastsoftmax.get_include()]  # fastsoftmax.h
 setup(

@@ -19,10 +19,10 @@ static PyObject *logsumexp(PyObject *self, PyObject *x) {
         PyErr_SetString(PyExc_TypeError, "x must hold doubles");
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS
+    PyThreadState *lock = PyEval_SaveThread();
     status = softmax_rows(NULL, FSM_LOGSUMEXP, FSM_F64, view.buf, 0, sizeof result, &result, 0, 0,
                           1, view.len / view.itemsize, 1);
-    Py_END_ALLOW_THREADS
+    PyEval_RestoreThread(lock);
     PyBuffer_Release(&view);
     return status == FSM_DONE ? PyFloat_FromDouble(result) : PyErr_NoMemory();
 }
@@ -51,8 +51,8 @@ static PyObject *biased(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {{"logsumexp", logsumexp, METH_O, NULL},
                                 {"biased", biased, METH_VARARGS, NULL},
                                 {NULL, NULL, 0, NULL}};
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "plain", NULL, -1, methods,
-                                    NULL, NULL, NULL, NULL};
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "plain", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit_plain(void) {
     softmax_rows = (fsm_softmax_rows_function *)fsm_import("softmax_rows");

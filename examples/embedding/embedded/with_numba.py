@@ -11,9 +11,9 @@ FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)  # fsm_dtype
 
 # fsm_softmax_rows; its first argument, a pointer that is 0 here, is declared as an integer.
 _rows = c_void_p, c_ssize_t, c_ssize_t
-softmax_rows = CFUNCTYPE(c_int, c_ssize_t, c_int, c_int, *_rows, *_rows, c_ssize_t, c_ssize_t, c_int)(
-    get_cython_function_address("fastsoftmax._core", "softmax_rows")
-)
+softmax_rows = CFUNCTYPE(
+    c_int, c_ssize_t, c_int, c_int, *_rows, *_rows, c_ssize_t, c_ssize_t, c_int
+)(get_cython_function_address("fastsoftmax._core", "softmax_rows"))
 
 
 @numba.njit(nogil=True)
