@@ -25,8 +25,8 @@ for a softmax of each list. Pad a jagged array and mask the padding, which chang
     result = ak.unflatten(fastsoftmax.softmax(padded, where=inside)[inside], counts)
 
 What differs otherwise: ``logsumexp`` is that of the last axis, not of all; x needs a dimension; an
-``out`` that overlaps the input, also x itself, costs a copy; masked arrays are not refused, but what
-they mask takes part.
+``out`` that overlaps the input, also x itself, costs a copy; masked arrays are not refused, but
+what they mask takes part.
 
 Importing this module imports ml_dtypes if it is installed, for its bfloat16.
 
