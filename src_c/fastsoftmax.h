@@ -94,7 +94,7 @@ typedef struct {
 
 typedef struct {
     fsm_op op;
-    fsm_dtype compute; /* FSM_F32 or FSM_F64, and FSM_F64 if an operand but bias is of it */
+    fsm_dtype compute; /* FSM_F32 or FSM_F64: not narrower than X, OUT, Y of a gradient */
     int ndim;          /* 0 to FSM_MAX_NDIM */
     int threads;       /* at most so many; small work uses fewer */
     const fsm_isa *isa;
