@@ -95,18 +95,18 @@ class BuildExt(build_ext):
 class BuildPy(build_py):
     """Put the header, of which there is one copy, where fastsoftmax.get_include() looks for it."""
 
-    header = "src_c/fastsoftmax.h"
+    def header(self):
+        return os.path.join(self.build_lib, "fastsoftmax", "include", "fastsoftmax.h")
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            (target,) = self.get_outputs(include_bytecode=False)[-1:]
-            self.mkpath(os.path.dirname(target))
-            self.copy_file(self.header, target)
+            self.mkpath(os.path.dirname(self.header()))
+            self.copy_file("src_c/fastsoftmax.h", self.header())
 
     def get_outputs(self, include_bytecode=True):
-        target = os.path.join(self.build_lib, "fastsoftmax", "include", "fastsoftmax.h")
-        return [*super().get_outputs(include_bytecode), target]
+        own = [] if self.editable_mode else [self.header()]
+        return super().get_outputs(include_bytecode) + own
 
 
 core = Extension(
