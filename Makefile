@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
+EXAMPLES = $(wildcard examples/*/*/*.c)
 
 .PHONY: help build test full fuzz mutate coverage lint format sanitize valgrind emulate cross clean
 .DEFAULT_GOAL = help
@@ -33,13 +34,13 @@ coverage:  ## lines and branches that run in the tests; needs pip install ".[tes
 lint:  ## check style, change nothing
 	ruff check .
 	ruff format --check .
-	cython-lint fastsoftmax
-	$(CLANG_FORMAT) --dry-run --Werror $(C_FILES)
+	cython-lint fastsoftmax examples
+	$(CLANG_FORMAT) --dry-run --Werror $(C_FILES) $(EXAMPLES)
 
 format:  ## format the sources in place
 	ruff check --fix --exit-zero .
 	ruff format .
-	$(CLANG_FORMAT) -i $(C_FILES)
+	$(CLANG_FORMAT) -i $(C_FILES) $(EXAMPLES)
 
 # The C library without Python: the drivers in tests/c, built once for each of the targets below.
 # ISAS_x, FLAGS_x, CC_x, RUN_x are what target x builds, with which flags, and how it is run.
@@ -86,7 +87,7 @@ FLAGS_coverage = -O0 --coverage -fprofile-update=atomic -DONE_IN=5
 ISAS_coverage = $(ISAS)
 
 TARGETS = mutate coverage sanitize valgrind emulate cross plain
-LIBRARY = dispatch parallel softmax attention
+LIBRARY = dispatch parallel softmax attention embed
 vpath %.c src_c tests/c
 
 define drivers_for

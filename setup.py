@@ -16,6 +16,7 @@ import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
 # Flags by compiler_type. They come after those of CFLAGS, and win. None may break the rules of
@@ -105,12 +106,30 @@ class BuildExt(build_ext):
         return True
 
 
+class BuildPy(build_py):
+    """Put the header, of which there is one copy, where fastsoftmax.get_include() looks for it."""
+
+    def header(self):
+        return os.path.join(self.build_lib, "fastsoftmax", "include", "fastsoftmax.h")
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.mkpath(os.path.dirname(self.header()))
+            self.copy_file("src_c/fastsoftmax.h", self.header())
+
+    def get_outputs(self, include_bytecode=True):
+        own = [] if self.editable_mode else [self.header()]
+        return super().get_outputs(include_bytecode) + own
+
+
 core = Extension(
     "fastsoftmax._core",
     [
         "fastsoftmax/_core.pyx",
         "src_c/attention.c",
         "src_c/dispatch.c",
+        "src_c/embed.c",
         "src_c/parallel.c",
         "src_c/softmax.c",
     ],
@@ -121,5 +140,5 @@ directives = {"language_level": 3, "binding": True, "embedsignature": True, "lin
 build_dir = None if COVERAGE else "build"  # where Cython's plugin of coverage.py looks
 setup(
     ext_modules=cythonize([core], build_dir=build_dir, compiler_directives=directives),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

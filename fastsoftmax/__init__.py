@@ -3,8 +3,9 @@
 A map of the house. The public names below come from ``_core``, the only Cython (attention is in
 ``_attention.pxi``), which checks the arguments, makes a plan and calls the C library in ``src_c``;
 all arithmetic is there, compiled once for each instruction set (ISA) and chosen when the package is
-imported. ``reference`` has the same functions in a few lines of NumPy each: read it to know what a
-function means, use it to test one. ``__main__`` is the command line (``fastsoftmax demo | info |
+imported. ``ufuncs`` and ``compat`` have them as ufuncs and under the names of other libraries.
+``reference`` has the same functions in a few lines of NumPy each: read it to know what a function
+means, use it to test one. ``__main__`` is the command line (``fastsoftmax demo | info |
 selftest | bench``), ``bench`` the measurements behind the last of these.
 """
 
@@ -14,6 +15,7 @@ try:
     from ._core import (
         attention,
         available_isas,
+        get_include,
         get_num_threads,
         isa,
         log_softmax,
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "attention",
     "available_isas",
+    "get_include",
     "get_num_threads",
     "isa",
     "log_softmax",

@@ -16,7 +16,7 @@ cdef extern from "fastsoftmax.h" nogil:
         FSM_SOFTMAX_BACKWARD, FSM_LOG_SOFTMAX_BACKWARD
 
     ctypedef enum fsm_status:
-        FSM_DONE, FSM_AGAIN, FSM_NOMEM
+        FSM_DONE, FSM_AGAIN, FSM_NOMEM, FSM_INVALID
 
     ctypedef enum fsm_operand:
         FSM_X, FSM_Y, FSM_BIAS, FSM_WHERE, FSM_SCALE, FSM_OUT, FSM_SIGN, FSM_OPERAND_COUNT
@@ -89,6 +89,21 @@ cdef extern from "fastsoftmax.h" nogil:
 
     ptrdiff_t fsm_merge_attention(const fsm_merge *problem, ptrdiff_t begin)
 
+    fsm_status fsm_compute_softmax(const fsm_problem *problem)
+    fsm_status fsm_compute_attention(const fsm_attention *problem)
+    fsm_status fsm_softmax_rows(
+        const fsm_isa *isa, fsm_op op, fsm_dtype dtype, const void *x, ptrdiff_t x_row,
+        ptrdiff_t x_step, void *out, ptrdiff_t out_row, ptrdiff_t out_step, ptrdiff_t rows,
+        ptrdiff_t n, int threads)
+    void fsm_describe_rows(
+        fsm_problem *problem, fsm_op op, fsm_dtype dtype, const void *x, ptrdiff_t x_row,
+        ptrdiff_t x_step, void *out, ptrdiff_t out_row, ptrdiff_t out_step, ptrdiff_t rows,
+        ptrdiff_t n)
+    fsm_status fsm_attention_heads(
+        const fsm_isa *isa, fsm_dtype dtype, const void *q, const void *k, const void *v, void *out,
+        void *lse, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t queries, ptrdiff_t keys,
+        ptrdiff_t depth, ptrdiff_t v_depth, double scale, int causal, ptrdiff_t offset, int threads)
+
     const fsm_isa *fsm_isa_at(int i)
     const char *fsm_isa_name(const fsm_isa *isa)
     void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x, ptrdiff_t n)
@@ -97,3 +112,17 @@ cdef extern from "fastsoftmax.h" nogil:
     int fsm_usable_cpus()
     int fsm_has_openmp()
     int fsm_openmp_limit()
+
+
+# What other modules may call: the functions of that header without "fsm_", _embedding.pxi.
+cdef fsm_status compute_softmax(const fsm_problem *problem) noexcept nogil
+cdef fsm_status compute_attention(const fsm_attention *problem) noexcept nogil
+cdef fsm_status softmax_rows(
+    const fsm_isa *isa, fsm_op op, fsm_dtype dtype, const void *x, ptrdiff_t x_row,
+    ptrdiff_t x_step, void *out, ptrdiff_t out_row, ptrdiff_t out_step, ptrdiff_t rows, ptrdiff_t n,
+    int threads) noexcept nogil
+cdef fsm_status attention_heads(
+    const fsm_isa *isa, fsm_dtype dtype, const void *q, const void *k, const void *v, void *out,
+    void *lse, ptrdiff_t heads, ptrdiff_t kv_heads, ptrdiff_t queries, ptrdiff_t keys,
+    ptrdiff_t depth, ptrdiff_t v_depth, double scale, int causal, ptrdiff_t offset,
+    int threads) noexcept nogil

@@ -3,7 +3,8 @@
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
 which to compute and to store. This file has the softmax family and the settings, _attention.pxi the
-attention functions.
+attention functions, _ufuncs.pxi the loops of the ufuncs, _embedding.pxi what compiled code of other
+people calls.
 """
 
 import os
@@ -328,7 +329,7 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
     cdef fsm_problem problem
     cdef fsm_dtype dtype
     cdef int kind, d
-    cdef npy_intp n, size, rows, apart
+    cdef npy_intp n, size, rows, apart, step
     if not PyArray_CheckExact(x):
         return None
     a = x
@@ -367,19 +368,9 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
                           rows, n)
         return y
     held_a, held_y = _held(a), _held(y)  # small work keeps the GIL
-    problem.op = op
-    problem.compute = FSM_F64 if dtype == FSM_F64 else FSM_F32
-    problem.ndim = 2
-    for d in range(<int>FSM_OPERAND_COUNT):
-        problem.operand[d].data = NULL
-    problem.shape[0], problem.shape[1] = rows, n
-    problem.reduced[0], problem.reduced[1] = 0, 1
-    problem.operand[<int>FSM_X].data = <char *>PyArray_DATA(held_a)
-    problem.operand[<int>FSM_OUT].data = <char *>PyArray_DATA(held_y)
-    for d in (<int>FSM_X, <int>FSM_OUT):
-        problem.operand[d].dtype = dtype
-        problem.operand[d].strides[0] = n * PyArray_ITEMSIZE(a)
-        problem.operand[d].strides[1] = PyArray_ITEMSIZE(a)
+    step = PyArray_ITEMSIZE(a)
+    fsm_describe_rows(&problem, op, dtype, PyArray_DATA(held_a), n * step, step,
+                      PyArray_DATA(held_y), n * step, step, rows, n)
     _run(&problem)
     return y
 
@@ -799,6 +790,8 @@ def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
 
 
 include "_attention.pxi"
+include "_ufuncs.pxi"
+include "_embedding.pxi"
 
 
 # ---- threads ----

@@ -1,5 +1,5 @@
-/* fastsoftmax: exact-sum softmax on the CPU. The C API, and the only header that the Python binding
- * includes.
+/* fastsoftmax: exact-sum softmax and attention on the CPU. The C API, and the only header that the
+ * Python binding includes.
  *
  * A caller describes its arrays in an fsm_problem, makes a plan of it, and runs the plan until it
  * is done:
@@ -9,9 +9,28 @@
  *     while (s == FSM_AGAIN) s = fsm_plan_run(plan);     // each call: a slice of some milliseconds
  *     fsm_plan_free(plan);
  *
- * Small contiguous work has a shorter way, without plan or heap: fsm_softmax_small. Nothing here
- * checks types or shapes beyond what is stated: the caller (_core.pyx) owns the semantics. Every
- * function may be called from any thread; a plan belongs to one thread at a time. */
+ * fsm_compute_softmax does just that; fsm_softmax_rows and fsm_attention_heads spare the caller the
+ * description, too, and are what most programs want ("in one call", below).
+ *
+ * Types and shapes   Nothing here checks them beyond what is stated: the caller owns the semantics
+ *                    (in Python, _core.pyx). What the results are, also for NaN, infinities and
+ *                    what takes no part, is what the Python functions document.
+ * Memory             Arrays belong to the caller and are read and written where they lie, at any
+ *                    alignment; inputs are never written. A problem is copied into its plan and may
+ *                    go once the plan is made; its arrays must stay until the plan is done. A plan
+ *                    is one block of malloc, until its _free.
+ * Threads            Every function may be called from any thread, with or without Python's lock; a
+ *                    plan belongs to one thread at a time. `threads` is how many a call may use at
+ *                    the most, its own included, at least 1. Callers that run at once share the
+ *                    CPUs; where no thread can be started a call computes alone.
+ * Floating point     Callers may have any rounding mode and any flags: the default mode is set while
+ *                    kernels run, and afterwards both are as they were. Making a plan of attention
+ *                    may raise flags.
+ * Errors             An fsm_status below 0. There is no other way out: nothing is printed, no signal
+ *                    raised, no exception set.
+ *
+ * The extension module fastsoftmax._core hides these symbols. Others, in Cython or C, get pointers
+ * to some of the functions from it ("from other extension modules", at the end). */
 #ifndef FASTSOFTMAX_H
 #define FASTSOFTMAX_H
 
@@ -48,8 +67,9 @@ typedef enum {
 
 typedef enum {
     FSM_DONE = 0,
-    FSM_AGAIN = 1,  /* a slice is done, more is left */
-    FSM_NOMEM = -1, /* scratch could not be had; nothing was written */
+    FSM_AGAIN = 1,    /* a slice is done, more is left */
+    FSM_NOMEM = -1,   /* scratch could not be had; nothing was written */
+    FSM_INVALID = -2, /* an argument is out of range; nothing was written */
 } fsm_status;
 
 /* The operands of a problem. Those that are absent have data == NULL. */
@@ -74,21 +94,28 @@ typedef struct {
 
 typedef struct {
     fsm_op op;
-    fsm_dtype compute; /* FSM_F32 or FSM_F64 */
-    int ndim;
-    int threads; /* at most so many; small work uses fewer */
+    fsm_dtype compute; /* FSM_F32 or FSM_F64: not narrower than X, OUT, Y of a gradient */
+    int ndim;          /* 0 to FSM_MAX_NDIM */
+    int threads;       /* at most so many; small work uses fewer */
     const fsm_isa *isa;
     ptrdiff_t shape[FSM_MAX_NDIM];
-    unsigned char reduced[FSM_MAX_NDIM]; /* 1: this dimension belongs to the softmax axis */
-    fsm_array operand[FSM_OPERAND_COUNT];
+    unsigned char reduced[FSM_MAX_NDIM];  /* 1: this dimension belongs to the softmax axis */
+    fsm_array operand[FSM_OPERAND_COUNT]; /* of this shape; OUT may be X or Y, with its strides and
+                                             dtype, and must share no other memory with an input */
 } fsm_problem;
 
 typedef struct fsm_plan fsm_plan;
 
-/* FSM_AGAIN: *plan is ready to run. FSM_DONE: nothing to compute, *plan is NULL. FSM_NOMEM: *plan
- * is NULL. */
+/* Makes a plan of a problem. FSM_AGAIN: *plan is ready to run. FSM_DONE: there is nothing to
+ * compute, *plan is NULL; that is so, too, for reductions of rows of length 0, which write nothing.
+ * FSM_NOMEM: *plan is NULL. */
 fsm_status fsm_plan_new(fsm_plan **plan, const fsm_problem *problem);
+
+/* Does a slice of the work. FSM_AGAIN: call it again; FSM_DONE: the results are there, and the plan
+ * is of no more use. */
 fsm_status fsm_plan_run(fsm_plan *plan);
+
+/* Frees a plan, done or not; NULL is fine. Of a plan that is not done the results are unspecified. */
 void fsm_plan_free(fsm_plan *plan);
 
 /* `rows` rows of n >= 1 elements, C-contiguous, x and out of one floating dtype, out == x or
@@ -133,7 +160,8 @@ typedef struct {
 
 typedef struct fsm_attention_plan fsm_attention_plan;
 
-/* As fsm_plan_new, _run and _free. */
+/* As fsm_plan_new, _run and _free. If there are no keys, or none that a query sees, its result is 0.
+ * OUT, LSE and WEIGHTS share no memory with an input or each other. */
 fsm_status fsm_attention_new(fsm_attention_plan **plan, const fsm_attention *problem);
 fsm_status fsm_attention_run(fsm_attention_plan *plan);
 void fsm_attention_free(fsm_attention_plan *plan);
@@ -159,8 +187,63 @@ typedef struct {
     fsm_array operand[FSM_MERGE_COUNT];
 } fsm_merge;
 
-/* A slice of the rows, from `begin` on. Returns where the next one begins, -1 if all is done. */
+/* A slice of the rows, from `begin` on. Returns where the next one begins, -1 if all is done. It takes
+ * no memory and cannot fail. OUT and LSE share no memory with an input. */
 ptrdiff_t fsm_merge_attention(const fsm_merge *problem, ptrdiff_t begin);
+
+/* ---- in one call ---- */
+
+/* Run a problem to its end: FSM_DONE or FSM_NOMEM. Its isa may be NULL: the best of this CPU; with a
+ * pointer that fastsoftmax._core gave: the one that Python uses (FASTSOFTMAX_ISA). */
+fsm_status fsm_compute_softmax(const fsm_problem *problem);
+fsm_status fsm_compute_attention(const fsm_attention *problem);
+
+/* softmax, log_softmax or logsumexp of `rows` rows of `n` elements.
+ *
+ *     isa              as above
+ *     op               FSM_SOFTMAX, FSM_LOG_SOFTMAX or FSM_LOGSUMEXP
+ *     dtype            a floating type, of x and of out
+ *     x, out           element 0 of row 0; element i of row r of x is r * x_row + i * x_step bytes
+ *                      further. Steps may be negative, of x also 0. out may be x if its steps are
+ *                      the same, and must not overlap it otherwise
+ *     out_step         of FSM_LOGSUMEXP is not looked at: there is one result a row
+ *     rows, n          at least 0; the logsumexp of no elements is -inf
+ *     threads          at least 1
+ *
+ * FSM_DONE, FSM_NOMEM or FSM_INVALID: op or dtype is none of these, a number is too small, x or out
+ * is NULL where there is something to read or write. The bits are those of the Python functions. */
+fsm_status fsm_softmax_rows(const fsm_isa *isa, fsm_op op, fsm_dtype dtype, const void *x,
+                            ptrdiff_t x_row, ptrdiff_t x_step, void *out, ptrdiff_t out_row,
+                            ptrdiff_t out_step, ptrdiff_t rows, ptrdiff_t n, int threads);
+
+/* The problem that fsm_softmax_rows makes of its arguments, but for `isa` and `threads`. Nothing is
+ * checked. For callers that want to add operands, or to run a plan slice by slice. */
+void fsm_describe_rows(fsm_problem *problem, fsm_op op, fsm_dtype dtype, const void *x,
+                       ptrdiff_t x_row, ptrdiff_t x_step, void *out, ptrdiff_t out_row,
+                       ptrdiff_t out_step, ptrdiff_t rows, ptrdiff_t n);
+
+/* Attention over C-contiguous arrays: a block of queries, all the keys that it may see.
+ *
+ *     isa, threads     as for fsm_softmax_rows
+ *     dtype            a floating type, of q, k, v and out
+ *     q                [heads, queries, depth]
+ *     k, v             [kv_heads, keys, depth], [kv_heads, keys, v_depth]
+ *     out              [heads, queries, v_depth]; overlaps no input
+ *     lse              [heads, queries]: the logarithm of each query's denominator, float (double if
+ *                      dtype is FSM_F64); or NULL
+ *     heads            0 or a multiple of kv_heads, at least 1: head h attends to h / (heads /
+ *                      kv_heads)
+ *     depth            at least 1; the other sizes at least 0
+ *     scale            finite in the compute type; often 1 / sqrt(depth)
+ *     causal, offset   if causal is not 0, query i sees key j if j <= i + offset
+ *
+ * FSM_DONE, FSM_NOMEM or FSM_INVALID: a number is not as above, an array that has elements is NULL.
+ * For other strides, masks and so on fill an fsm_attention. */
+fsm_status fsm_attention_heads(const fsm_isa *isa, fsm_dtype dtype, const void *q, const void *k,
+                               const void *v, void *out, void *lse, ptrdiff_t heads,
+                               ptrdiff_t kv_heads, ptrdiff_t queries, ptrdiff_t keys,
+                               ptrdiff_t depth, ptrdiff_t v_depth, double scale, int causal,
+                               ptrdiff_t offset, int threads);
 
 /* ---- what there is ---- */
 
@@ -173,8 +256,47 @@ void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x,
 void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n); /* for its tests */
 
 /* Threads. */
-int fsm_usable_cpus(void); /* min(affinity, cgroup quota), at least 1 */
-int fsm_has_openmp(void);
+int fsm_usable_cpus(void);  /* min(affinity, cgroup quota), at least 1 */
+int fsm_has_openmp(void);   /* 0: every call computes alone */
 int fsm_openmp_limit(void); /* an OpenMP limit lowered since the library was loaded, else INT_MAX */
+
+/* ---- from other extension modules ---- */
+
+/* fastsoftmax._core gives away pointers to
+ *
+ *     softmax_rows      fsm_softmax_rows         compute_softmax      fsm_compute_softmax
+ *     attention_heads   fsm_attention_heads      compute_attention    fsm_compute_attention
+ *
+ * in the capsules of its __pyx_capi__, as any Cython module does. In Cython `from fastsoftmax cimport softmax_rows` finds them; in C, with Python.h included before
+ * this header,
+ *
+ *     fsm_softmax_rows_function *rows = (fsm_softmax_rows_function *)fsm_import("softmax_rows");
+ *
+ * once, holding Python's lock: NULL with a Python exception set if it fails. The pointer may be
+ * called without the lock, and is good for as long as the process lives. Structs may change from one
+ * minor version to the next: what fills one has to be built again. */
+typedef fsm_status fsm_softmax_rows_function(const fsm_isa *, fsm_op, fsm_dtype, const void *,
+                                             ptrdiff_t, ptrdiff_t, void *, ptrdiff_t, ptrdiff_t,
+                                             ptrdiff_t, ptrdiff_t, int);
+typedef fsm_status fsm_attention_heads_function(const fsm_isa *, fsm_dtype, const void *,
+                                                const void *, const void *, void *, void *,
+                                                ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t,
+                                                ptrdiff_t, ptrdiff_t, double, int, ptrdiff_t, int);
+typedef fsm_status fsm_compute_softmax_function(const fsm_problem *);
+typedef fsm_status fsm_compute_attention_function(const fsm_attention *);
+
+#ifdef Py_PYTHON_H
+static inline void *fsm_import(const char *name) {
+    void *function = NULL;
+    PyObject *module = PyImport_ImportModule("fastsoftmax._core");
+    PyObject *table = module ? PyObject_GetAttrString(module, "__pyx_capi__") : NULL;
+    PyObject *capsule = table ? PyMapping_GetItemString(table, name) : NULL;
+    if (capsule) function = PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule));
+    Py_XDECREF(capsule);
+    Py_XDECREF(table);
+    Py_XDECREF(module);
+    return function;
+}
+#endif
 
 #endif

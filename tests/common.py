@@ -51,6 +51,7 @@ PUBLIC = (
     "isa",
     "available_isas",
     "show_config",
+    "get_include",
 )
 
 # np.longdouble is wider than float64 only where the hardware has x87 (or a software quad).

@@ -10,7 +10,7 @@ import pytest
 from common import PUBLIC
 
 import fastsoftmax as fs
-from fastsoftmax import compat, reference
+from fastsoftmax import compat, reference, ufuncs
 from fastsoftmax.compat import scipy, torch
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -78,6 +78,12 @@ def test_compat(module):
 
 def test_compat_docstring():
     assert run(compat.__doc__, "fastsoftmax.compat", "docstring")
+
+
+def test_ufuncs():
+    assert run(ufuncs.__doc__, "fastsoftmax.ufuncs", "docstring")
+    for name in ufuncs.__all__:
+        assert run(getattr(ufuncs, name).__doc__, name, "docstring"), f"{name} has no example"
 
 
 def test_reference():

@@ -39,7 +39,8 @@ typedef struct {
     ptrdiff_t shape[4], first;    /* of r, s, a, b; the number of the first row */
     fsm_operand out_at;           /* FSM_X, FSM_Y: in place */
     int threads, upward;          /* upward: the caller rounds so, which must change nothing */
-    int special, small;           /* rows with NaN, inf and so on; by fsm_softmax_small */
+    int special;                  /* rows with NaN, inf and so on */
+    int small, one_call;          /* by fsm_softmax_small, by fsm_softmax_rows */
 } test;
 
 static int is_reduction(fsm_op op) { return op == FSM_LOGSUMEXP || op == FSM_LOGSUMEXP_WEIGHTED; }
@@ -65,7 +66,10 @@ static void expect(int ok, const test *t, const fsm_isa *isa, const char *what, 
             printf(", %s: %s %s%s", names[o], type_names[t->type[o]], layouts[t->layout[o]].name,
                    still[t->still[o]]);
     printf("%s%s%s%s\n", t->out_at == FSM_OUT ? "" : ", in place", t->special ? ", special" : "",
-           t->small ? ", small" : "", t->upward ? ", upward" : "");
+           t->small      ? ", small"
+           : t->one_call ? ", in one call"
+                         : "",
+           t->upward ? ", upward" : "");
 }
 
 /* ---- elements ---- */
@@ -172,6 +176,10 @@ static void run(const test *t, const fsm_isa *isa, char *results, char *signs) {
     if (t->small)
         fsm_softmax_small(isa, t->type[FSM_X], t->op == FSM_LOG_SOFTMAX, a[FSM_X].first,
                           a[FSM_OUT].first, rows_of(t), length_of(t));
+    else if (t->one_call)
+        status = fsm_softmax_rows(isa, t->op, t->type[FSM_X], a[FSM_X].first, a[FSM_X].stride[1],
+                                  a[FSM_X].stride[3], a[FSM_OUT].first, a[FSM_OUT].stride[1],
+                                  a[FSM_OUT].stride[3], rows_of(t), length_of(t), t->threads);
     else status = fsm_plan_new(&plan, &p);
     while (status == FSM_AGAIN) status = fsm_plan_run(plan);
     fsm_plan_free(plan);
@@ -195,7 +203,7 @@ static void run_alone(const test *t, char *results, char *signs) {
     memset(one.layout, CONTIGUOUS, sizeof one.layout);
     one.out_at = FSM_OUT;
     one.threads = one.spread = 1;
-    one.small = one.upward = 0;
+    one.small = one.one_call = one.upward = 0;
     for (ptrdiff_t r = 0; r < rows_of(t); r++, one.first++)
         run(&one, scalar, results + r * bytes_of(&one), signs + r * bytes_of(&one));
 }
@@ -505,6 +513,20 @@ static void small(fsm_op op) {
         }
 }
 
+static void one_call(fsm_op op) {
+    static const ptrdiff_t lengths[] = {1, 3, 16, 33, 1025, 40000};
+    for (int k = 0; k < 4 * COUNT(lengths) * COUNT(layouts) && op <= FSM_LOGSUMEXP; k++) {
+        const int layout = k / 4 % COUNT(layouts), n = k / 4 / COUNT(layouts);
+        test t = usual(k % 4, op, n < 4 ? 20 : 2, lengths[n]);
+        t = laid_out(t, layout, 0, (layout + k % 3) % COUNT(layouts));
+        t.out_at = op != FSM_LOGSUMEXP && k % 3 == 0 ? FSM_X : FSM_OUT;
+        t.special = k % 5 == 0;
+        t.threads = 1 + k % 2;
+        t.one_call = 1;
+        check(t);
+    }
+}
+
 /* Calls from several threads at once, each of which may start more. */
 static void *caller(void *first) {
     const test *mine = first;
@@ -613,8 +635,8 @@ static const struct {
 #define GROUP(f) {#f, f}
     GROUP(lengths),      GROUP(lanes),        GROUP(dtypes),       GROUP(all_layouts),
     GROUP(zero_strides), GROUP(operands),     GROUP(special_rows), GROUP(threads),
-    GROUP(long_rows),    GROUP(small),        GROUP(callers),      GROUP(teams),
-    GROUP(exponentials), GROUP(odds_and_ends)};
+    GROUP(long_rows),    GROUP(small),        GROUP(one_call),     GROUP(callers),
+    GROUP(teams),        GROUP(exponentials), GROUP(odds_and_ends)};
 
 int main(int argc, char **argv) {
     choose_isas(argc, argv);

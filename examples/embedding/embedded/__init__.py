@@ -1,0 +1,1 @@
+"""How compiled code calls fastsoftmax: routing (Cython), plain (C), with_numba."""
