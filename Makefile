@@ -40,7 +40,7 @@ DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fope
 	$(if $(filter avx2,$(ISAS)),-DFSM_HAVE_AVX2 -DFSM_HAVE_AVX512)
 FLAGS_sanitize = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 FLAGS_valgrind = -O2 -DGUARD=0 -DONE_IN=17
-LIBRARY = dispatch parallel softmax attention $(ISAS:%=isa_%)
+LIBRARY = dispatch parallel softmax attention attention_backward $(ISAS:%=isa_%)
 VALGRIND = valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite \
 	--show-leak-kinds=definite
 vpath %.c src_c tests/c

@@ -96,6 +96,7 @@ core = Extension(
     [
         "fastsoftmax/_core.pyx",
         "src_c/attention.c",
+        "src_c/attention_backward.c",
         "src_c/dispatch.c",
         "src_c/parallel.c",
         "src_c/softmax.c",

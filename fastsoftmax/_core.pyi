@@ -266,6 +266,28 @@ def attention(
     return_lse: Literal[True],
     return_weights: Literal[True],
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+def attention_backward(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    /,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: ArrayLike = 0,
+    kv_lengths: ArrayLike | None = None,
+    window: _Window | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    return_dbias: bool = False,
+    return_dsinks: bool = False,
+) -> tuple[NDArray[Any], ...]: ...
 def merge_attention(
     out_a: ArrayLike,
     lse_a: ArrayLike,

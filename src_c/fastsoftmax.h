@@ -115,6 +115,13 @@ typedef enum {
     FSM_ATTN_OUT,     /* head, query, column; the dtype of q */
     FSM_ATTN_LSE,     /* head, query; compute type, may be absent */
     FSM_ATTN_WEIGHTS, /* head, query, key; the dtype of q, may be absent */
+    /* of fsm_attention_backward only; what begins with D is added to, not overwritten */
+    FSM_ATTN_GRAD_OUT, /* head, query, column; the dtype of q */
+    FSM_ATTN_DQ,       /* head, query, column; compute type, columns contiguous */
+    FSM_ATTN_DK,       /* KV head, key, column; likewise */
+    FSM_ATTN_DV,       /* KV head, key, column; likewise */
+    FSM_ATTN_DBIAS,    /* head, query, key; float64, may be absent */
+    FSM_ATTN_DSINKS,   /* head; float64, may be absent */
     FSM_ATTN_COUNT
 } fsm_attention_operand;
 
@@ -137,6 +144,17 @@ typedef struct fsm_attention_plan fsm_attention_plan;
 fsm_status fsm_attention_new(fsm_attention_plan **plan, const fsm_attention *problem);
 fsm_status fsm_attention_run(fsm_attention_plan *plan);
 void fsm_attention_free(fsm_attention_plan *plan);
+
+/* The gradients of attention with respect to q, k, v, bias and sinks, from that with respect to
+ * OUT. OUT and LSE are those of the forward pass, and read; WEIGHTS is not looked at. What is added
+ * to may have strides of 0 where it is broadcast, and its arrays share no memory with others. As
+ * fsm_plan_new, _run and _free. */
+typedef struct fsm_attention_backward_plan fsm_attention_backward_plan;
+
+fsm_status fsm_attention_backward_new(fsm_attention_backward_plan **plan,
+                                      const fsm_attention *problem);
+fsm_status fsm_attention_backward_run(fsm_attention_backward_plan *plan);
+void fsm_attention_backward_free(fsm_attention_backward_plan *plan);
 
 /* Attention over two sets of keys from the results for each: rows of `columns` elements with a
  * log-sum-exp each. Operands, all with strides [dimensions of the rows..., column]: */

@@ -9,6 +9,7 @@
 #include "columns.inc.h"
 #include "score.inc.h"
 #include "attention.inc.h"
+#include "attention_backward.inc.h"
 #include "decode.inc.h"
 
 #define FSM_KERNELS                                                                                \
@@ -42,6 +43,8 @@
         .attend_rows = GROUP,                                                                      \
         .attend_scratch = attend_bytes,                                                            \
         .attend = attend_unit,                                                                     \
+        .gradient_scratch = gradient_bytes,                                                        \
+        .gradient = gradient_unit,                                                                 \
         .decode_scratch = decode_bytes,                                                            \
         .decode_part = part_elements,                                                              \
         .decode = decode_run,                                                                      \
