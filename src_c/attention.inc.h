@@ -168,14 +168,13 @@ FSM_INLINE void tile_product(int rows, int vectors, const real *a, ptrdiff_t row
 FSM_INLINE void group_scores_n(int vectors, real *s, const rows_of *k, ptrdiff_t keys,
                                const real *q, ptrdiff_t depth) {
     ptrdiff_t j = 0;
-#define TILE(ROWS)                                                                          \
-    {                                                                                       \
-        vec acc[ACC_ROWS][3];                                                               \
-        tile_product(ROWS, vectors, k->at + j * k->stride, k->stride, 1, q, GROUP, depth,   \
-                     acc);                                                                  \
-        FSM_UNROLL(8)                                                                       \
-        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                        \
-        for (int v = 0; v < vectors; v++) v_store(s + (j + i) * GROUP + v * VL, acc[i][v]); \
+#define TILE(ROWS)                                                                              \
+    {                                                                                           \
+        vec acc[ACC_ROWS][3];                                                                   \
+        tile_product(ROWS, vectors, k->at + j * k->stride, k->stride, 1, q, GROUP, depth, acc); \
+        FSM_UNROLL(8)                                                                           \
+        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                            \
+        for (int v = 0; v < vectors; v++) v_store(s + (j + i) * GROUP + v * VL, acc[i][v]);     \
     }
     IN_TILES(j, keys, TILE)
 #undef TILE
@@ -191,17 +190,16 @@ static void group_scores(int vectors, real *s, const rows_of *k, ptrdiff_t keys,
 FSM_INLINE void group_values_n(int vectors, real *o, const real *alpha, const rows_of *v_rows,
                                ptrdiff_t keys, const real *p, ptrdiff_t v_depth) {
     ptrdiff_t d = 0;
-#define TILE(ROWS)                                                                    \
-    {                                                                                 \
-        vec acc[ACC_ROWS][3];                                                         \
-        tile_product(ROWS, vectors, v_rows->at + d, 1, v_rows->stride, p, GROUP,      \
-                     keys, acc);                                                      \
-        FSM_UNROLL(8)                                                                 \
-        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                  \
-        for (int v = 0; v < vectors; v++) {                                           \
-            real *at = o + (d + i) * GROUP + v * VL;                                  \
-            v_store(at, v_fma(v_load(at), v_load(alpha + v * VL), acc[i][v]));        \
-        }                                                                             \
+#define TILE(ROWS)                                                                           \
+    {                                                                                        \
+        vec acc[ACC_ROWS][3];                                                                \
+        tile_product(ROWS, vectors, v_rows->at + d, 1, v_rows->stride, p, GROUP, keys, acc); \
+        FSM_UNROLL(8)                                                                        \
+        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                         \
+        for (int v = 0; v < vectors; v++) {                                                  \
+            real *at = o + (d + i) * GROUP + v * VL;                                         \
+            v_store(at, v_fma(v_load(at), v_load(alpha + v * VL), acc[i][v]));               \
+        }                                                                                    \
     }
     IN_TILES(d, v_depth, TILE)
 #undef TILE

@@ -28,7 +28,7 @@ struct fsm_attention_backward_plan {
     fsm_attention problem;
     const fsm_kernels *kernels;
     int threads;
-    ptrdiff_t share;                         /* heads of a KV head */
+    ptrdiff_t share;                           /* heads of a KV head */
     ptrdiff_t rows, span, per_span, per_place; /* of units, as in attention.c */
     ptrdiff_t blocks, parts;
     ptrdiff_t places, together, per_slice; /* together: places done at once */
@@ -77,10 +77,9 @@ fsm_status fsm_attention_backward_new(fsm_attention_backward_plan **result,
     p->threads = work * (double)p->places < SERIAL_BELOW ? 1 : a->threads;
     if (bias->data && last[1] == 0 && last[2] == 0) p->threads = 1; /* all pieces meet in it */
     p->threads = (int)least(p->threads, p->together * p->parts);
-    const double slice =
-        SLICE * p->threads / (a->isa == &fsm_isa_scalar ? 16 : 1) / (piece + 1);
-    p->per_slice = slice < (double)(p->together * p->parts) ? (ptrdiff_t)slice + 1
-                                                            : p->together * p->parts;
+    const double slice = SLICE * p->threads / (a->isa == &fsm_isa_scalar ? 16 : 1) / (piece + 1);
+    p->per_slice =
+        slice < (double)(p->together * p->parts) ? (ptrdiff_t)slice + 1 : p->together * p->parts;
 
     p->scratch_size = p->kernels->gradient_scratch(a->depth, a->v_depth);
     p->scratch_size = up_to_multiple(p->scratch_size, FSM_ALIGN) + FSM_ALIGN;

@@ -45,10 +45,10 @@
 #define add_row FSM_NAME(add_row)
 
 typedef struct {
-    group_state g;                  /* g.o: dQ^T */
-    real lse[GROUP], delta[GROUP];  /* lanes that are no rows: inf, so that P = 0, and 0 */
+    group_state g;                   /* g.o: dQ^T */
+    real lse[GROUP], delta[GROUP];   /* lanes that are no rows: inf, so that P = 0, and 0 */
     real *grad, *q_rows, *grad_rows; /* dO^T as g.q; both again, [GROUP][depth], [GROUP][v_depth] */
-    int poisoned;                   /* q_rows or grad_rows have what is not finite; -1: not looked */
+    int poisoned; /* q_rows or grad_rows have what is not finite; -1: not looked */
 } gradient_group;
 
 _Static_assert((int)KEYS >= (int)GROUP, "clean holds the rows of a block or of a group");
@@ -150,7 +150,8 @@ static void gradient_begin(const fsm_attend *a, const score_rule *rule, gradient
                         load_as(REAL_DTYPE, staging, d, k, v_set1(0)), sum);
         }
         real delta = v_hsum(sum);
-        if (delta - delta != 0 && !sees_any(a, &g->view[l])) delta = 0; /* out is 0 whatever dO is */
+        if (delta - delta != 0 && !sees_any(a, &g->view[l]))
+            delta = 0; /* out is 0 whatever dO is */
         own->delta[l] = delta;
         if (a->dsinks.at && a->key_begin == 0) gradient_sink(a, head, own->lse[l], delta);
     }
@@ -216,16 +217,16 @@ FSM_INLINE void gradient_rows_n(int vectors, real *to, ptrdiff_t width, const re
                                 ptrdiff_t keys, const real *rows, ptrdiff_t columns,
                                 ptrdiff_t lanes) {
     ptrdiff_t j = 0;
-#define TILE(ROWS)                                                                            \
-    {                                                                                         \
-        vec acc[ACC_ROWS][3];                                                                 \
-        tile_product(ROWS, vectors, w + j * GROUP, GROUP, 1, rows, columns, lanes, acc);      \
-        FSM_UNROLL(8)                                                                         \
-        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                          \
-        for (int v = 0; v < vectors; v++) {                                                   \
-            real *at = to + (j + i) * width + v * VL;                                         \
-            v_store(at, v_add(v_load(at), acc[i][v]));                                        \
-        }                                                                                     \
+#define TILE(ROWS)                                                                       \
+    {                                                                                    \
+        vec acc[ACC_ROWS][3];                                                            \
+        tile_product(ROWS, vectors, w + j * GROUP, GROUP, 1, rows, columns, lanes, acc); \
+        FSM_UNROLL(8)                                                                    \
+        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                     \
+        for (int v = 0; v < vectors; v++) {                                              \
+            real *at = to + (j + i) * width + v * VL;                                    \
+            v_store(at, v_add(v_load(at), acc[i][v]));                                   \
+        }                                                                                \
     }
     IN_TILES(j, keys, TILE)
 #undef TILE
@@ -361,5 +362,6 @@ static void gradient_unit(const fsm_attend *a) {
             add_row(element(&a->dv, 0, first + j, 0), s.dv + j * s.v_width, a->v_depth);
         }
     }
-    for (int i = 0; i < groups; i++) gradient_end(a, &s.groups[i].g, a->begin + i * GROUP, s.u.rows);
+    for (int i = 0; i < groups; i++)
+        gradient_end(a, &s.groups[i].g, a->begin + i * GROUP, s.u.rows);
 }

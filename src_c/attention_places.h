@@ -21,15 +21,16 @@ static inline void limit_window(fsm_attention *a) {
 }
 
 /* Where element `i` lies in an array, counted in C order over the dimensions of shape. */
-static inline ptrdiff_t offset_of(const fsm_array *array, const ptrdiff_t *shape, int ndim, ptrdiff_t i) {
+static inline ptrdiff_t offset_of(const fsm_array *array, const ptrdiff_t *shape, int ndim,
+                                  ptrdiff_t i) {
     ptrdiff_t offset = 0;
     for (int d = ndim - 1; d >= 0; i /= shape[d], d--) offset += i % shape[d] * array->strides[d];
     return offset;
 }
 
 /* The operand at a leading index, `place` counting these in C order, and a head. */
-static inline fsm_matrix matrix_at(const fsm_attention *a, fsm_attention_operand o,
-                                   ptrdiff_t place, ptrdiff_t head) {
+static inline fsm_matrix matrix_at(const fsm_attention *a, fsm_attention_operand o, ptrdiff_t place,
+                                   ptrdiff_t head) {
     const fsm_array *array = &a->operand[o];
     const ptrdiff_t *last = &array->strides[a->ndim];
     fsm_matrix m = {array->data, last[0], last[1], last[2]};
@@ -38,8 +39,8 @@ static inline fsm_matrix matrix_at(const fsm_attention *a, fsm_attention_operand
     return m;
 }
 
-static inline ptrdiff_t number_at(const fsm_attention *a, fsm_attention_operand o,
-                                  ptrdiff_t place, ptrdiff_t absent) {
+static inline ptrdiff_t number_at(const fsm_attention *a, fsm_attention_operand o, ptrdiff_t place,
+                                  ptrdiff_t absent) {
     const char *at = matrix_at(a, o, place, 0).at;
     int64_t number = absent;
     if (at) memcpy(&number, at, sizeof number);

@@ -110,7 +110,7 @@ typedef struct {
     double scale, softcap;
     int causal;
     ptrdiff_t left, right, offset, length;
-    ptrdiff_t begin, end; /* the rows to do */
+    ptrdiff_t begin, end;         /* the rows to do */
     ptrdiff_t key_begin, key_end; /* backward: and the keys; multiples of FSM_ATTEND_KEYS, or all */
     char *scratch; /* of attend_scratch, decode_scratch or gradient_scratch bytes, FSM_ALIGNed */
 } fsm_attend;

@@ -41,8 +41,8 @@ typedef struct {
     ptrdiff_t left, right;
     int has[OPERANDS], layout[OPERANDS];
     int still[OPERANDS]; /* bits of the dimensions with a stride of 0 */
-    int poison;                /* 1: what nobody sees is NaN or inf, 2: and some of what is seen */
-    int threads, upward;       /* upward: the caller rounds so, which must change nothing */
+    int poison;          /* 1: what nobody sees is NaN or inf, 2: and some of what is seen */
+    int threads, upward; /* upward: the caller rounds so, which must change nothing */
     uint64_t seed;
 } test;
 
