@@ -14,12 +14,14 @@ cdef extern from "fastsoftmax.h" nogil:
     ctypedef enum fsm_op:
         FSM_SOFTMAX, FSM_LOG_SOFTMAX, FSM_LOGSUMEXP, FSM_LOGSUMEXP_WEIGHTED
         FSM_SOFTMAX_BACKWARD, FSM_LOG_SOFTMAX_BACKWARD
+        FSM_CROSS_ENTROPY, FSM_CROSS_ENTROPY_BACKWARD
 
     ctypedef enum fsm_status:
         FSM_DONE, FSM_AGAIN, FSM_NOMEM
 
     ctypedef enum fsm_operand:
-        FSM_X, FSM_Y, FSM_BIAS, FSM_WHERE, FSM_SCALE, FSM_OUT, FSM_SIGN, FSM_OPERAND_COUNT
+        FSM_X, FSM_Y, FSM_BIAS, FSM_WHERE, FSM_SCALE, FSM_OUT, FSM_SIGN
+        FSM_LABEL, FSM_GRAD, FSM_OPERAND_COUNT
 
     ctypedef struct fsm_isa:
         pass

@@ -1,5 +1,5 @@
 from contextlib import AbstractContextManager
-from typing import Any, Literal, SupportsFloat, TypeVar, overload
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -161,6 +161,28 @@ def log_softmax_backward(
     temperature: ArrayLike | None = None,
     out: _Out,
 ) -> _Out: ...
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    /,
+    axis: SupportsIndex = -1,
+    *,
+    weight: ArrayLike | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    ignore_index: SupportsIndex = -100,
+) -> Any: ...
+def cross_entropy_backward(
+    grad: ArrayLike,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    /,
+    axis: SupportsIndex = -1,
+    *,
+    weight: ArrayLike | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    ignore_index: SupportsIndex = -100,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]: ...
 @overload
 def attention(
     q: ArrayLike,

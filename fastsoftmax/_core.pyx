@@ -2,8 +2,8 @@
 
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
-which to compute and to store. This file has the softmax family and the settings, _attention.pxi the
-attention functions and _attention_backward.pxi their gradients.
+which to compute and to store. This file has the softmax family and the settings, _loss.pxi cross entropy,
+_attention.pxi the attention functions and _attention_backward.pxi their gradients.
 """
 
 import os
@@ -743,6 +743,7 @@ def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
     return _backward(FSM_LOG_SOFTMAX_BACKWARD, grad, y, axis, temperature, out)
 
 
+include "_loss.pxi"
 include "_attention.pxi"
 include "_attention_backward.pxi"
 

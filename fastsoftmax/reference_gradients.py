@@ -15,9 +15,80 @@ import math
 
 import numpy as np
 
-from .reference import _array, _Attention, _mix, _quiet
+from .reference import (
+    _array,
+    _Attention,
+    _compute_type,
+    _from_max,
+    _log_of_sum,
+    _mix,
+    _quiet,
+    _sum,
+)
 
-__all__ = ["attention_backward", "attention_backward_bound"]
+__all__ = [
+    "attention_backward",
+    "attention_backward_bound",
+    "cross_entropy",
+    "cross_entropy_backward",
+]
+
+
+@_quiet
+def cross_entropy(
+    logits, labels, /, axis=-1, *, weight=None, reduction="mean", ignore_index=-100,
+    precise=np.float64,
+):  # fmt: skip
+    """``logsumexp(logits) - logits[label]`` of each row, 0 if it is ignored; mean, sum or all.
+
+    >>> cross_entropy([[0.0, 0.0], [0.0, np.log(3)]], [0, 1], reduction="none").round(6)
+    array([0.693147, 0.287682])
+    """
+    x, at, seen, w = _classes(logits, labels, axis, weight, ignore_index, precise)
+    m, d, e = _from_max(x, (x.ndim - 1,))
+    # The row's maximum is taken off first: a loss close to 0 must not be a difference of large ones
+    losses = _log_of_sum(d, e, (x.ndim - 1,)) - np.take_along_axis(d, at, -1)
+    losses = np.where(np.isfinite(m), losses, np.nan)[..., 0]
+    losses = np.where(seen, w * losses, precise(0))
+    if reduction == "none":
+        return losses[()]
+    return losses.sum() / (w.sum() if reduction == "mean" else 1)
+
+
+@_quiet
+def cross_entropy_backward(
+    grad, logits, labels, /, axis=-1, *, weight=None, reduction="mean", ignore_index=-100,
+    precise=np.float64,
+):  # fmt: skip
+    """``(softmax(logits) - onehot(label)) * grad`` of each row, 0 in rows that are ignored.
+
+    >>> cross_entropy_backward(1.0, [[0.0, 0.0], [0.0, np.log(3)]], [0, 1], reduction="sum")
+    array([[-0.5 ,  0.5 ],
+           [ 0.25, -0.25]])
+    """
+    x, at, seen, w = _classes(logits, labels, axis, weight, ignore_index, precise)
+    m, _, e = _from_max(x, (x.ndim - 1,))
+    grads = np.broadcast_to(np.asarray(grad).astype(precise), seen.shape) * w
+    grads = np.where(seen, grads / (w.sum() if reduction == "mean" else 1), 0)[..., None]
+    hot = np.arange(x.shape[-1]) == at
+    # 1 - p at the label is the sum of the others
+    others = _sum(np.where(hot, 0, e), (x.ndim - 1,))
+    dx = np.where(hot, -others, e) / _sum(e, (x.ndim - 1,))
+    dx = np.where(np.isfinite(m), dx, np.nan) * grads
+    return np.moveaxis(np.where(seen[..., None], dx, precise(0)), -1, axis)
+
+
+def _classes(logits, labels, axis, weight, ignore_index, precise):
+    """Return logits, the classes last; labels as a column; which rows count, and how much."""
+    x = _array(logits, "logits")
+    x = np.moveaxis(x.astype(_compute_type(x.dtype)).astype(precise), axis, -1)
+    labels = np.asarray(labels)
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(f"shapes of logits and labels do not match: {x.shape} and {labels.shape}")
+    seen = labels != ignore_index
+    at = np.where(seen, labels, 0).astype(np.int64)
+    w = np.ones(x.shape[-1]) if weight is None else np.asarray(weight).astype(np.float64)
+    return x, at[..., None], seen, np.where(seen, w[at], 0).astype(precise)
 
 
 @_quiet

@@ -43,6 +43,8 @@ typedef enum {
     FSM_LOGSUMEXP_WEIGHTED, /* out = log|sum(y exp(x))|, sign = its sign; y == 0 takes no part    */
     FSM_SOFTMAX_BACKWARD,   /* out = scale * y * (x - sum(x y));  x is the gradient               */
     FSM_LOG_SOFTMAX_BACKWARD, /* out = scale * (x - exp(y) sum(x)) */
+    FSM_CROSS_ENTROPY,        /* out = lse(x) - x[label], one value per row; 0 if it is ignored  */
+    FSM_CROSS_ENTROPY_BACKWARD, /* out = grad * (softmax(x) - onehot(label)); 0 likewise           */
     FSM_OP_COUNT
 } fsm_op;
 
@@ -61,6 +63,8 @@ typedef enum {
     FSM_SCALE, /* 1/temperature, in the compute type, stride 0 along the axis; absent = 1 */
     FSM_OUT,   /* reductions: stride 0 along the axis */
     FSM_SIGN,  /* weighted logsumexp only, may be absent; same dtype as OUT */
+    FSM_LABEL, /* cross entropy; int64, aligned, stride 0 along the axis; below 0: row ignored */
+    FSM_GRAD,  /* cross entropy, backward; compute type, stride 0 along the axis */
     FSM_OPERAND_COUNT
 } fsm_operand;
 

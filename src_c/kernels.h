@@ -45,7 +45,9 @@ typedef struct {
     fsm_lanes exp[5];    /* constants of exp (exp.inc.h); backward: of the scaling of the terms */
     fsm_exact_sum sum;
     fsm_lanes value[2]; /* constants of map; the results of a reduction */
-    int want_sign;      /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
+    fsm_lanes label; /* cross entropy: the logit at the label; in the end, backward: its gradient */
+    fsm_lanes grad;  /* cross entropy, backward: of the row's loss */
+    int want_sign;   /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
     int special; /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
 } fsm_state;
 

@@ -5,6 +5,7 @@
 #include "softmax.inc.h"
 #include "backward.inc.h"
 #include "weighted.inc.h"
+#include "loss.inc.h"
 #include "rows.inc.h"
 #include "columns.inc.h"
 #include "score.inc.h"
@@ -30,6 +31,10 @@
                 [FSM_LOG_SOFTMAX_BACKWARD] = {log_backward_max, NULL, backward_reference,          \
                                               log_backward_sum, backward_finish,                   \
                                               log_backward_map},                                   \
+                [FSM_CROSS_ENTROPY] = {max_pass, NULL, reference_pass, sum_pass,                   \
+                                       finish_cross_entropy, NULL},                                \
+                [FSM_CROSS_ENTROPY_BACKWARD] = {max_pass, NULL, reference_pass, sum_pass,          \
+                                                finish_cross_entropy_backward, map_softmax},       \
             },                                                                                     \
         .rows = rows_all,                                                                          \
         .columns = columns_all,                                                                    \

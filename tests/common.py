@@ -43,6 +43,8 @@ PUBLIC = (
     "logsumexp",
     "softmax_backward",
     "log_softmax_backward",
+    "cross_entropy",
+    "cross_entropy_backward",
     "attention",
     "attention_backward",
     "merge_attention",
