@@ -32,7 +32,7 @@ format:  ## format the sources in place
 
 # The C library without Python: the drivers in tests/c under the sanitizers, and, with fewer tests,
 # valgrind, which watches the ends of arrays itself and has no AVX-512.
-DRIVERS = driver attention_driver
+DRIVERS = driver attention_driver gradient_driver
 ISAS = scalar $(if $(filter x86_64 amd64,$(shell uname -m)),avx2 avx512)
 FLAGS_isa_avx2 = -mavx2 -mfma -mf16c
 FLAGS_isa_avx512 = $(FLAGS_isa_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl

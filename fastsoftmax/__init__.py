@@ -1,11 +1,12 @@
 """Softmax and attention for NumPy arrays on the CPU: fast, accurate, and reproducible to the bit.
 
-A map of the house. The public names below come from ``_core``, the only Cython (attention is in
-``_attention.pxi``), which checks the arguments, makes a plan and calls the C library in ``src_c``;
+A map of the house. The public names below come from ``_core``, the only Cython (parts of it are in
+``_*.pxi``), which checks the arguments, makes a plan and calls the C library in ``src_c``;
 all arithmetic is there, compiled once for each instruction set (ISA) and chosen when the package is
-imported. ``reference`` has the same functions in a few lines of NumPy each: read it to know what a
-function means, use it to test one. ``__main__`` is the command line (``fastsoftmax demo | info |
-selftest | bench``), ``bench`` the measurements behind the last of these.
+imported. ``reference`` has the same functions in a few lines of NumPy each (``reference_gradients``
+those for training): read it to know what a function means, use it to test one. ``__main__`` is the
+command line (``fastsoftmax demo | info | selftest | bench``), ``bench`` the measurements behind the
+last of these.
 """
 
 __version__ = "0.1.0.dev0"
