@@ -2,8 +2,8 @@
 
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
-which to compute and to store. This file has the softmax family and the settings, _loss.pxi cross entropy,
-_attention.pxi the attention functions and _attention_backward.pxi their gradients.
+which to compute and to store. This file has the softmax family and the settings, _loss.pxi cross
+entropy, _attention.pxi the attention functions and _attention_backward.pxi their gradients.
 """
 
 import os

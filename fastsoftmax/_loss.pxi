@@ -132,7 +132,8 @@ def cross_entropy(logits, labels, /, axis=-1, *, weight=None, reduction="mean", 
     Raises
     ------
     TypeError
-        For a dtype that is not supported, a masked array, labels, axis or ignore_index not integers.
+        For a dtype that is not supported, a masked array, labels, axis or ignore_index that are not
+        integers.
     ValueError
         For shapes that do not fit, a label out of range, an unknown reduction.
     numpy.exceptions.AxisError
