@@ -44,7 +44,7 @@ format:  ## format the sources in place
 
 # The C library without Python: the drivers in tests/c, built once for each of the targets below.
 # ISAS_x, FLAGS_x, CC_x, RUN_x are what target x builds, with which flags, and how it is run.
-DRIVERS = driver attention_driver
+DRIVERS = driver attention_driver gradient_driver
 IS_X86 = $(filter x86_64 amd64,$(shell uname -m))
 IS_ARM = $(filter aarch64 arm64,$(shell uname -m))
 ISAS = scalar $(if $(IS_X86),avx2 avx512) $(if $(IS_ARM),neon)
@@ -87,7 +87,7 @@ FLAGS_coverage = -O0 --coverage -fprofile-update=atomic -DONE_IN=5
 ISAS_coverage = $(ISAS)
 
 TARGETS = mutate coverage sanitize valgrind emulate cross plain
-LIBRARY = dispatch parallel softmax attention embed
+LIBRARY = dispatch parallel softmax attention attention_backward embed
 vpath %.c src_c tests/c
 
 define drivers_for

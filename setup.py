@@ -128,6 +128,7 @@ core = Extension(
     [
         "fastsoftmax/_core.pyx",
         "src_c/attention.c",
+        "src_c/attention_backward.c",
         "src_c/dispatch.c",
         "src_c/embed.c",
         "src_c/parallel.c",

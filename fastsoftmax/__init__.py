@@ -1,12 +1,13 @@
 """Softmax and attention for NumPy arrays on the CPU: fast, accurate, and reproducible to the bit.
 
-A map of the house. The public names below come from ``_core``, the only Cython (attention is in
-``_attention.pxi``), which checks the arguments, makes a plan and calls the C library in ``src_c``;
+A map of the house. The public names below come from ``_core``, the only Cython (parts of it are in
+``_*.pxi``), which checks the arguments, makes a plan and calls the C library in ``src_c``;
 all arithmetic is there, compiled once for each instruction set (ISA) and chosen when the package is
 imported. ``ufuncs`` and ``compat`` have them as ufuncs and under the names of other libraries.
-``reference`` has the same functions in a few lines of NumPy each: read it to know what a function
-means, use it to test one. ``__main__`` is the command line (``fastsoftmax demo | info |
-selftest | bench``), ``bench`` the measurements behind the last of these.
+``reference`` has the same functions in a few lines of NumPy each (``reference_gradients`` those for
+training): read it to know what a function means, use it to test one. ``__main__`` is the command
+line (``fastsoftmax demo | info | selftest | bench``), ``bench`` the measurements behind the last of
+these.
 """
 
 __version__ = "0.1.0.dev0"
@@ -14,7 +15,10 @@ __version__ = "0.1.0.dev0"
 try:
     from ._core import (
         attention,
+        attention_backward,
         available_isas,
+        cross_entropy,
+        cross_entropy_backward,
         get_include,
         get_num_threads,
         isa,
@@ -41,7 +45,10 @@ except ModuleNotFoundError as error:
 __all__ = [
     "__version__",
     "attention",
+    "attention_backward",
     "available_isas",
+    "cross_entropy",
+    "cross_entropy_backward",
     "get_include",
     "get_num_threads",
     "isa",

@@ -14,12 +14,14 @@ cdef extern from "fastsoftmax.h" nogil:
     ctypedef enum fsm_op:
         FSM_SOFTMAX, FSM_LOG_SOFTMAX, FSM_LOGSUMEXP, FSM_LOGSUMEXP_WEIGHTED
         FSM_SOFTMAX_BACKWARD, FSM_LOG_SOFTMAX_BACKWARD
+        FSM_CROSS_ENTROPY, FSM_CROSS_ENTROPY_BACKWARD
 
     ctypedef enum fsm_status:
         FSM_DONE, FSM_AGAIN, FSM_NOMEM, FSM_INVALID
 
     ctypedef enum fsm_operand:
-        FSM_X, FSM_Y, FSM_BIAS, FSM_WHERE, FSM_SCALE, FSM_OUT, FSM_SIGN, FSM_OPERAND_COUNT
+        FSM_X, FSM_Y, FSM_BIAS, FSM_WHERE, FSM_SCALE, FSM_OUT, FSM_SIGN
+        FSM_LABEL, FSM_GRAD, FSM_OPERAND_COUNT
 
     ctypedef struct fsm_isa:
         pass
@@ -53,7 +55,8 @@ cdef extern from "fastsoftmax.h" nogil:
     ctypedef enum fsm_attention_operand:
         FSM_ATTN_Q, FSM_ATTN_K, FSM_ATTN_V, FSM_ATTN_MASK, FSM_ATTN_BIAS, FSM_ATTN_OFFSET
         FSM_ATTN_LENGTHS, FSM_ATTN_SINKS, FSM_ATTN_SLOPES, FSM_ATTN_OUT, FSM_ATTN_LSE
-        FSM_ATTN_WEIGHTS
+        FSM_ATTN_WEIGHTS, FSM_ATTN_GRAD_OUT, FSM_ATTN_DQ, FSM_ATTN_DK, FSM_ATTN_DV, FSM_ATTN_DBIAS
+        FSM_ATTN_DSINKS
 
     ctypedef struct fsm_attention:
         fsm_dtype compute
@@ -73,6 +76,14 @@ cdef extern from "fastsoftmax.h" nogil:
     fsm_status fsm_attention_new(fsm_attention_plan **plan, const fsm_attention *problem)
     fsm_status fsm_attention_run(fsm_attention_plan *plan)
     void fsm_attention_free(fsm_attention_plan *plan)
+
+    ctypedef struct fsm_attention_backward_plan:
+        pass
+
+    fsm_status fsm_attention_backward_new(fsm_attention_backward_plan **plan,
+                                          const fsm_attention *problem)
+    fsm_status fsm_attention_backward_run(fsm_attention_backward_plan *plan)
+    void fsm_attention_backward_free(fsm_attention_backward_plan *plan)
 
     ctypedef enum fsm_merge_operand:
         FSM_MERGE_OUT_A, FSM_MERGE_LSE_A, FSM_MERGE_OUT_B, FSM_MERGE_LSE_B

@@ -1,5 +1,5 @@
 from contextlib import AbstractContextManager
-from typing import Any, Literal, SupportsFloat, TypeVar, overload
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -161,6 +161,28 @@ def log_softmax_backward(
     temperature: ArrayLike | None = None,
     out: _Out,
 ) -> _Out: ...
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    /,
+    axis: SupportsIndex = -1,
+    *,
+    weight: ArrayLike | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    ignore_index: SupportsIndex = -100,
+) -> Any: ...
+def cross_entropy_backward(
+    grad: ArrayLike,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    /,
+    axis: SupportsIndex = -1,
+    *,
+    weight: ArrayLike | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    ignore_index: SupportsIndex = -100,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]: ...
 @overload
 def attention(
     q: ArrayLike,
@@ -266,6 +288,28 @@ def attention(
     return_lse: Literal[True],
     return_weights: Literal[True],
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+def attention_backward(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    /,
+    *,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    is_causal: bool = False,
+    q_offset: ArrayLike = 0,
+    kv_lengths: ArrayLike | None = None,
+    window: _Window | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    sinks: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    return_dbias: bool = False,
+    return_dsinks: bool = False,
+) -> tuple[NDArray[Any], ...]: ...
 def merge_attention(
     out_a: ArrayLike,
     lse_a: ArrayLike,

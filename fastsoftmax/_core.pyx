@@ -2,9 +2,9 @@
 
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
-which to compute and to store. This file has the softmax family and the settings, _attention.pxi the
-attention functions, _ufuncs.pxi the loops of the ufuncs, _embedding.pxi what compiled code of other
-people calls.
+which to compute and to store. This file has the softmax family and the settings, _loss.pxi cross
+entropy, _attention.pxi the attention functions and _attention_backward.pxi their gradients,
+_ufuncs.pxi the loops of the ufuncs, _embedding.pxi what compiled code of other people calls.
 """
 
 import os
@@ -789,7 +789,9 @@ def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
     return _backward(FSM_LOG_SOFTMAX_BACKWARD, grad, y, axis, temperature, out)
 
 
+include "_loss.pxi"
 include "_attention.pxi"
+include "_attention_backward.pxi"
 include "_ufuncs.pxi"
 include "_embedding.pxi"
 

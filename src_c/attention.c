@@ -7,7 +7,7 @@
  * busy, and the bits do not depend on how many.
  *
  * fsm_attention_run does a slice of the units, so that the caller can look for signals in between. */
-#include "kernels.h"
+#include "attention_places.h"
 #include "parallel.h"
 
 #include <stdlib.h>
@@ -81,14 +81,10 @@ fsm_status fsm_attention_new(fsm_attention_plan **result, const fsm_attention *p
     const fsm_attention *a = &p->problem;
     p->kernels = a->compute == FSM_F64 ? a->isa->f64 : a->isa->f32;
     p->real_size = a->compute == FSM_F64 ? 8 : 4;
-    p->places = a->kv_heads;
-    for (int d = 0; d < a->ndim; d++) p->places *= a->shape[d];
+    p->places = places_of(a);
     if (p->places == 0 || a->heads == 0 || a->queries == 0) return FSM_DONE;
     p->share = a->heads / a->kv_heads;
-    /* Beyond any array: sums of these and of positions do not overflow. */
-    const ptrdiff_t far = PTRDIFF_MAX / 2;
-    p->problem.left = least(a->left, far);
-    p->problem.right = least(a->right, far);
+    limit_window(&p->problem);
 
     const double row_work = (double)a->keys * (double)(a->depth + a->v_depth),
                  work = row_work * (double)p->places * (double)(p->share * a->queries);
@@ -121,64 +117,12 @@ static char *scratch_of(const fsm_attention_plan *p, int thread) {
     return at + (-(uintptr_t)at & (FSM_ALIGN - 1));
 }
 
-/* Where element `i` lies in an array, counted in C order over the dimensions of shape. */
-static ptrdiff_t offset_of(const fsm_array *array, const ptrdiff_t *shape, int ndim, ptrdiff_t i) {
-    ptrdiff_t offset = 0;
-    for (int d = ndim - 1; d >= 0; i /= shape[d], d--) offset += i % shape[d] * array->strides[d];
-    return offset;
-}
-
-/* The operand at a leading index, `place` counting these in C order, and a head. */
-static fsm_matrix matrix_at(const fsm_attention *a, fsm_attention_operand o, ptrdiff_t place,
-                            ptrdiff_t head) {
-    const fsm_array *array = &a->operand[o];
-    const ptrdiff_t *last = &array->strides[a->ndim];
-    fsm_matrix m = {array->data, last[0], last[1], last[2]};
-    if (!m.at) return (fsm_matrix){0};
-    m.at += head * m.head + offset_of(array, a->shape, a->ndim, place);
-    return m;
-}
-
-static ptrdiff_t number_at(const fsm_attention *a, fsm_attention_operand o, ptrdiff_t place,
-                           ptrdiff_t absent) {
-    const char *at = matrix_at(a, o, place, 0).at;
-    int64_t number = absent;
-    if (at) memcpy(&number, at, sizeof number);
-    return (ptrdiff_t)number;
-}
-
 /* Heads [head, head + heads) at a place, which share a KV head. */
 static fsm_attend attend_at(const fsm_attention_plan *p, ptrdiff_t place, ptrdiff_t head,
                             ptrdiff_t heads, int thread) {
-    const fsm_attention *a = &p->problem;
-    const ptrdiff_t lead = place / a->kv_heads, kv = place % a->kv_heads, h = kv * p->share + head;
-    return (fsm_attend){
-        .dtype = a->operand[FSM_ATTN_Q].dtype,
-        .bias_dtype = a->operand[FSM_ATTN_BIAS].dtype,
-        .q = matrix_at(a, FSM_ATTN_Q, lead, h),
-        .k = matrix_at(a, FSM_ATTN_K, lead, kv),
-        .v = matrix_at(a, FSM_ATTN_V, lead, kv),
-        .mask = matrix_at(a, FSM_ATTN_MASK, lead, h),
-        .bias = matrix_at(a, FSM_ATTN_BIAS, lead, h),
-        .sinks = matrix_at(a, FSM_ATTN_SINKS, lead, h),
-        .slopes = matrix_at(a, FSM_ATTN_SLOPES, lead, h),
-        .out = matrix_at(a, FSM_ATTN_OUT, lead, h),
-        .lse = matrix_at(a, FSM_ATTN_LSE, lead, h),
-        .weights = matrix_at(a, FSM_ATTN_WEIGHTS, lead, h),
-        .heads = heads,
-        .queries = a->queries,
-        .keys = a->keys,
-        .depth = a->depth,
-        .v_depth = a->v_depth,
-        .scale = a->scale,
-        .softcap = a->softcap,
-        .causal = a->causal,
-        .left = a->left,
-        .right = a->right,
-        .offset = number_at(a, FSM_ATTN_OFFSET, lead, 0),
-        .length = number_at(a, FSM_ATTN_LENGTHS, lead, a->keys),
-        .scratch = scratch_of(p, thread),
-    };
+    fsm_attend one = attend_place(&p->problem, place, head, heads);
+    one.scratch = scratch_of(p, thread);
+    return one;
 }
 
 /* ---- many queries ---- */

@@ -24,6 +24,8 @@
 #define GROUP FSM_NAME(GROUP)
 #define group_state FSM_NAME(group_state)
 #define block_state FSM_NAME(block_state)
+#define lane_view FSM_NAME(lane_view)
+#define block_view FSM_NAME(block_view)
 #define unit_scratch FSM_NAME(unit_scratch)
 #define attend_bytes FSM_NAME(attend_bytes)
 #define attend_layout FSM_NAME(attend_layout)
@@ -32,6 +34,8 @@
 #define group_scores_n FSM_NAME(group_scores_n)
 #define group_values FSM_NAME(group_values)
 #define group_values_n FSM_NAME(group_values_n)
+#define view_lanes FSM_NAME(view_lanes)
+#define view_block FSM_NAME(view_block)
 #define group_rule FSM_NAME(group_rule)
 #define group_weights FSM_NAME(group_weights)
 #define group_begin FSM_NAME(group_begin)
@@ -65,18 +69,32 @@ typedef struct {
     int poisoned;        /* -1: not looked yet */
 } block_state;
 
+/* Of VL rows. */
+typedef struct {
+    vec lo, hi, position, slope;
+} lane_view;
+
+/* What a group sees of a block. */
+typedef struct {
+    int hides, ranged;    /* some row does not see all: by bias or mask, by its position */
+    const real *additive; /* [key][row], or NULL, and then that of the block */
+} block_view;
+
 typedef struct {
     group_state *groups;
     real *s, *additive, *along, *rows, *k, *v, *clean;
 } unit_scratch;
 
+/* Part of the scratch at `at`, of which `used` bytes are taken. */
+#undef TAKE
+#define TAKE(type, count)        \
+    (type *)(void *)(at + used); \
+    used += ((ptrdiff_t)sizeof(type) * (count) + FSM_ALIGN - 1) / FSM_ALIGN * FSM_ALIGN
+
 /* Where everything lies in the scratch of a thread; returns its size in bytes. */
 static ptrdiff_t attend_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, unit_scratch *u) {
     ptrdiff_t used = 0;
     const ptrdiff_t widest = depth > v_depth ? depth : v_depth;
-#define TAKE(type, count)        \
-    (type *)(void *)(at + used); \
-    used += ((ptrdiff_t)sizeof(type) * (count) + FSM_ALIGN - 1) / FSM_ALIGN * FSM_ALIGN
     u->groups = TAKE(group_state, FSM_ATTEND_GROUPS);
     u->s = TAKE(real, KEYS * GROUP);
     u->additive = TAKE(real, KEYS * GROUP);
@@ -93,7 +111,6 @@ static ptrdiff_t attend_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, uni
             u->groups[g].o = o;
         }
     }
-#undef TAKE
     return used;
 }
 
@@ -114,16 +131,17 @@ static void from_lanes(real *rows, const real *from, ptrdiff_t n) {
 
 /* ---- matrix products ---- */
 
-/* acc[i][v] = sum over t of a[i * row + t * step] * b[t][v]. All loops over i and v unroll. */
+/* acc[i][v] = sum over t of a[i * row + t * step] * b[t * width + v]. All loops over i and v
+ * unroll. */
 FSM_INLINE void tile_product(int rows, int vectors, const real *a, ptrdiff_t row, ptrdiff_t step,
-                             const real *b, ptrdiff_t n, vec acc[ACC_ROWS][3]) {
+                             const real *b, ptrdiff_t width, ptrdiff_t n, vec acc[ACC_ROWS][3]) {
     FSM_UNROLL(8)
     for (int i = 0; i < rows; i++) FSM_UNROLL(3)
     for (int v = 0; v < vectors; v++) acc[i][v] = v_set1(0);
     for (ptrdiff_t t = 0; t < n; t++) {
         vec lane[3];
         FSM_UNROLL(3)
-        for (int v = 0; v < vectors; v++) lane[v] = v_load(b + t * GROUP + v * VL);
+        for (int v = 0; v < vectors; v++) lane[v] = v_load(b + t * width + v * VL);
         FSM_UNROLL(8)
         for (int i = 0; i < rows; i++) {
             const vec one = v_set1(a[i * row + t * step]);
@@ -150,13 +168,13 @@ FSM_INLINE void tile_product(int rows, int vectors, const real *a, ptrdiff_t row
 FSM_INLINE void group_scores_n(int vectors, real *s, const rows_of *k, ptrdiff_t keys,
                                const real *q, ptrdiff_t depth) {
     ptrdiff_t j = 0;
-#define TILE(ROWS)                                                                          \
-    {                                                                                       \
-        vec acc[ACC_ROWS][3];                                                               \
-        tile_product(ROWS, vectors, k->at + j * k->stride, k->stride, 1, q, depth, acc);    \
-        FSM_UNROLL(8)                                                                       \
-        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                        \
-        for (int v = 0; v < vectors; v++) v_store(s + (j + i) * GROUP + v * VL, acc[i][v]); \
+#define TILE(ROWS)                                                                              \
+    {                                                                                           \
+        vec acc[ACC_ROWS][3];                                                                   \
+        tile_product(ROWS, vectors, k->at + j * k->stride, k->stride, 1, q, GROUP, depth, acc); \
+        FSM_UNROLL(8)                                                                           \
+        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                            \
+        for (int v = 0; v < vectors; v++) v_store(s + (j + i) * GROUP + v * VL, acc[i][v]);     \
     }
     IN_TILES(j, keys, TILE)
 #undef TILE
@@ -172,16 +190,16 @@ static void group_scores(int vectors, real *s, const rows_of *k, ptrdiff_t keys,
 FSM_INLINE void group_values_n(int vectors, real *o, const real *alpha, const rows_of *v_rows,
                                ptrdiff_t keys, const real *p, ptrdiff_t v_depth) {
     ptrdiff_t d = 0;
-#define TILE(ROWS)                                                                    \
-    {                                                                                 \
-        vec acc[ACC_ROWS][3];                                                         \
-        tile_product(ROWS, vectors, v_rows->at + d, 1, v_rows->stride, p, keys, acc); \
-        FSM_UNROLL(8)                                                                 \
-        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                  \
-        for (int v = 0; v < vectors; v++) {                                           \
-            real *at = o + (d + i) * GROUP + v * VL;                                  \
-            v_store(at, v_fma(v_load(at), v_load(alpha + v * VL), acc[i][v]));        \
-        }                                                                             \
+#define TILE(ROWS)                                                                           \
+    {                                                                                        \
+        vec acc[ACC_ROWS][3];                                                                \
+        tile_product(ROWS, vectors, v_rows->at + d, 1, v_rows->stride, p, GROUP, keys, acc); \
+        FSM_UNROLL(8)                                                                        \
+        for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                         \
+        for (int v = 0; v < vectors; v++) {                                                  \
+            real *at = o + (d + i) * GROUP + v * VL;                                         \
+            v_store(at, v_fma(v_load(at), v_load(alpha + v * VL), acc[i][v]));               \
+        }                                                                                    \
     }
     IN_TILES(d, v_depth, TILE)
 #undef TILE
@@ -254,24 +272,26 @@ static int group_additive(const fsm_attend *a, const group_state *g, const block
     return v_hmax(seen) > 0;
 }
 
+/* The views of VL rows, relative to a block: small, so exact. */
+FSM_INLINE lane_view view_lanes(const group_state *g, const block_state *b, int v) {
+    real low[VL], high[VL], at[VL];
+    for (int l = 0; l < VL; l++) {
+        const row_view *view = &g->view[v * VL + l];
+        const ptrdiff_t below = view->lo - b->first, above = view->hi - b->first;
+        low[l] = (real)(below < 0 ? 0 : below > b->n ? b->n : below);
+        high[l] = (real)(above < 0 ? -1 : above > b->n ? b->n : above);
+        at[l] = (real)(view->position - b->first);
+    }
+    return (lane_view){v_load(low), v_load(high), v_load(at), v_load(g->slope + v * VL)};
+}
+
 /* Dot products into scores, in place, -inf where a key is not seen. additive: [key][row], or NULL,
  * and then that of the block. Gathers the largest of each row. */
 static void group_rule(const score_rule *rule, const group_state *g, const block_state *b, real *s,
                        const real *additive, int ranged, int biased, vec top[3]) {
-    vec lo[3], hi[3], slope[3], position[3];
+    lane_view view[3];
     for (int v = 0; v < g->vectors; v++) {
-        real low[VL], high[VL], at[VL];
-        for (int l = 0; l < VL; l++) { /* relative to the block: small, so exact */
-            const row_view *view = &g->view[v * VL + l];
-            const ptrdiff_t below = view->lo - b->first, above = view->hi - b->first;
-            low[l] = (real)(below < 0 ? 0 : below > b->n ? b->n : below);
-            high[l] = (real)(above < 0 ? -1 : above > b->n ? b->n : above);
-            at[l] = (real)(view->position - b->first);
-        }
-        lo[v] = v_load(low);
-        hi[v] = v_load(high);
-        position[v] = v_load(at);
-        slope[v] = v_load(g->slope + v * VL);
+        view[v] = view_lanes(g, b, v);
         top[v] = v_set1(-INFINITY);
     }
     const vec least = v_set1(LEAST), none = v_set1(-INFINITY);
@@ -282,12 +302,12 @@ static void group_rule(const score_rule *rule, const group_state *g, const block
             const vec add = additive ? v_load(additive + j * GROUP + v * VL) : shared;
             vec x = v_load(at);
             if (rule->natural)
-                x = rule_score(rule, x, biased ? add : v_set1(0), slope[v],
-                               v_abs(v_sub(position[v], key)));
+                x = rule_score(rule, x, biased ? add : v_set1(0), view[v].slope,
+                               v_abs(v_sub(view[v].position, key)));
             x = v_if_less(add, least, none, x);
             if (ranged) {
-                x = v_if_less(key, lo[v], none, x);
-                x = v_if_less(hi[v], key, none, x);
+                x = v_if_less(key, view[v].lo, none, x);
+                x = v_if_less(view[v].hi, key, none, x);
             }
             v_store(at, x);
             top[v] = v_max(x, top[v]);
@@ -318,11 +338,12 @@ static void group_weights(const score_rule *rule, group_state *g, ptrdiff_t keys
     }
 }
 
-/* Values that are not finite, to the rows that do see them. */
-static void add_poison(const fsm_attend *a, group_state *g, const block_state *b, const real *p) {
+/* Values that are not finite, of rows of v or k, to the queries that do see them. */
+static void add_poison(const fsm_attend *a, group_state *g, const block_state *b, rows_of values,
+                       ptrdiff_t columns, const real *p) {
     for (ptrdiff_t j = 0; j < b->n; j++)
-        for (ptrdiff_t d = 0; d < a->v_depth; d++) {
-            const real value = b->v.at[j * b->v.stride + d];
+        for (ptrdiff_t d = 0; d < columns; d++) {
+            const real value = values.at[j * values.stride + d];
             if (value - value == 0) continue;
             for (int l = 0; l < g->rows; l++)
                 if (sees(a, &g->view[l], b->first + j))
@@ -330,19 +351,27 @@ static void add_poison(const fsm_attend *a, group_state *g, const block_state *b
         }
 }
 
+/* What the group sees of a block; returns 0 if that is nothing. */
+static int view_block(const fsm_attend *a, const group_state *g, const block_state *b,
+                      unit_scratch *u, block_view *seen) {
+    const ptrdiff_t last = b->first + b->n - 1;
+    if (b->first > g->hi_most || last < g->lo_least) return 0;
+    const int own = (a->mask.at || a->bias.at) && !b->additive;
+    *seen = (block_view){.hides = b->hides,
+                         .ranged = b->first < g->lo_most || last > g->hi_least,
+                         .additive = own ? u->additive : NULL};
+    return !own || group_additive(a, g, b, u, &seen->hides);
+}
+
 /* Scores of a block, and whether the group sees any of it. *partial: some row does not see all. */
 static int group_block(const fsm_attend *a, const score_rule *rule, group_state *g, block_state *b,
                        unit_scratch *u, vec top[3], int *partial) {
-    const ptrdiff_t last = b->first + b->n - 1;
-    if (b->first > g->hi_most || last < g->lo_least) return 0;
-    const int ranged = b->first < g->lo_most || last > g->hi_least;
-    int hides = b->hides;
-    const int own = (a->mask.at || a->bias.at) && !b->additive;
-    if (own && !group_additive(a, g, b, u, &hides)) return 0;
+    block_view seen;
+    if (!view_block(a, g, b, u, &seen)) return 0;
     if (!b->k.at) b->k = fetch(&a->k, a->dtype, b->first, b->n, a->depth, u->k);
     group_scores(g->vectors, u->s, &b->k, b->n, g->q, a->depth);
-    if (rule->natural || hides || ranged)
-        group_rule(rule, g, b, u->s, own ? u->additive : NULL, ranged, a->bias.at != NULL, top);
+    if (rule->natural || seen.hides || seen.ranged)
+        group_rule(rule, g, b, u->s, seen.additive, seen.ranged, a->bias.at != NULL, top);
     else
         for (int v = 0; v < g->vectors; v++) {
             top[v] = v_set1(-INFINITY);
@@ -350,7 +379,7 @@ static int group_block(const fsm_attend *a, const score_rule *rule, group_state 
             for (ptrdiff_t j = 0; j < b->n; j++)
                 top[v] = v_max(v_load(u->s + j * GROUP + v * VL), top[v]);
         }
-    *partial = hides || ranged;
+    *partial = seen.hides || seen.ranged;
     return 1;
 }
 
@@ -451,7 +480,7 @@ static void attend_unit(const fsm_attend *a) {
             }
             const int clean = partial && b.poisoned;
             group_values(g->vectors, g->o, g->alpha, clean ? &b.clean : &b.v, b.n, u.s, a->v_depth);
-            if (clean) add_poison(a, g, &b, u.s);
+            if (clean) add_poison(a, g, &b, b.v, a->v_depth, u.s);
         }
     }
     for (int i = 0; i < groups; i++) {

@@ -62,6 +62,8 @@ typedef enum {
     FSM_LOGSUMEXP_WEIGHTED, /* out = log|sum(y exp(x))|, sign = its sign; y == 0 takes no part    */
     FSM_SOFTMAX_BACKWARD,   /* out = scale * y * (x - sum(x y));  x is the gradient               */
     FSM_LOG_SOFTMAX_BACKWARD, /* out = scale * (x - exp(y) sum(x)) */
+    FSM_CROSS_ENTROPY,        /* out = lse(x) - x[label], one value per row; 0 if it is ignored  */
+    FSM_CROSS_ENTROPY_BACKWARD, /* out = grad * (softmax(x) - onehot(label)); 0 likewise           */
     FSM_OP_COUNT
 } fsm_op;
 
@@ -81,6 +83,8 @@ typedef enum {
     FSM_SCALE, /* 1/temperature, in the compute type, stride 0 along the axis; absent = 1 */
     FSM_OUT,   /* reductions: stride 0 along the axis */
     FSM_SIGN,  /* weighted logsumexp only, may be absent; same dtype as OUT */
+    FSM_LABEL, /* cross entropy; int64, aligned, stride 0 along the axis; below 0: row ignored */
+    FSM_GRAD,  /* cross entropy, backward; compute type, stride 0 along the axis */
     FSM_OPERAND_COUNT
 } fsm_operand;
 
@@ -142,6 +146,13 @@ typedef enum {
     FSM_ATTN_OUT,     /* head, query, column; the dtype of q */
     FSM_ATTN_LSE,     /* head, query; compute type, may be absent */
     FSM_ATTN_WEIGHTS, /* head, query, key; the dtype of q, may be absent */
+    /* of fsm_attention_backward only; what begins with D is added to, not overwritten */
+    FSM_ATTN_GRAD_OUT, /* head, query, column; the dtype of q */
+    FSM_ATTN_DQ,       /* head, query, column; compute type, columns contiguous */
+    FSM_ATTN_DK,       /* KV head, key, column; likewise */
+    FSM_ATTN_DV,       /* KV head, key, column; likewise */
+    FSM_ATTN_DBIAS,    /* head, query, key; float64, may be absent */
+    FSM_ATTN_DSINKS,   /* head; float64, may be absent */
     FSM_ATTN_COUNT
 } fsm_attention_operand;
 
@@ -165,6 +176,17 @@ typedef struct fsm_attention_plan fsm_attention_plan;
 fsm_status fsm_attention_new(fsm_attention_plan **plan, const fsm_attention *problem);
 fsm_status fsm_attention_run(fsm_attention_plan *plan);
 void fsm_attention_free(fsm_attention_plan *plan);
+
+/* The gradients of attention with respect to q, k, v, bias and sinks, from that with respect to
+ * OUT. OUT and LSE are those of the forward pass, and read; WEIGHTS is not looked at. What is added
+ * to may have strides of 0 where it is broadcast, and its arrays share no memory with others. As
+ * fsm_plan_new, _run and _free. */
+typedef struct fsm_attention_backward_plan fsm_attention_backward_plan;
+
+fsm_status fsm_attention_backward_new(fsm_attention_backward_plan **plan,
+                                      const fsm_attention *problem);
+fsm_status fsm_attention_backward_run(fsm_attention_backward_plan *plan);
+void fsm_attention_backward_free(fsm_attention_backward_plan *plan);
 
 /* Attention over two sets of keys from the results for each: rows of `columns` elements with a
  * log-sum-exp each. Operands, all with strides [dimensions of the rows..., column]: */

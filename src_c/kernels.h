@@ -45,7 +45,9 @@ typedef struct {
     fsm_lanes exp[5];    /* constants of exp (exp.inc.h); backward: of the scaling of the terms */
     fsm_exact_sum sum;
     fsm_lanes value[2]; /* constants of map; the results of a reduction */
-    int want_sign;      /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
+    fsm_lanes label; /* cross entropy: the logit at the label; in the end, backward: its gradient */
+    fsm_lanes grad;  /* cross entropy, backward: of the row's loss */
+    int want_sign;   /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
     int special; /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
 } fsm_state;
 
@@ -105,12 +107,14 @@ typedef struct {
 typedef struct {
     fsm_dtype dtype, bias_dtype; /* dtype: of q, k, v, out and weights */
     fsm_matrix q, k, v, mask, bias, sinks, slopes, out, lse, weights;
+    fsm_matrix grad_out, dq, dk, dv, dbias, dsinks; /* backward: added to */
     ptrdiff_t heads, queries, keys, depth, v_depth;
     double scale, softcap;
     int causal;
     ptrdiff_t left, right, offset, length;
-    ptrdiff_t begin, end; /* the rows to do */
-    char *scratch;        /* of attend_scratch or decode_scratch bytes, FSM_ALIGNed */
+    ptrdiff_t begin, end;         /* the rows to do */
+    ptrdiff_t key_begin, key_end; /* backward: and the keys; multiples of FSM_ATTEND_KEYS, or all */
+    char *scratch; /* of attend_scratch, decode_scratch or gradient_scratch bytes, FSM_ALIGNed */
 } fsm_attend;
 
 enum {
@@ -161,6 +165,9 @@ typedef struct {
     int attend_rows;
     ptrdiff_t (*attend_scratch)(ptrdiff_t depth, ptrdiff_t v_depth);
     void (*attend)(const fsm_attend *);
+    /* Its backward pass, of FSM_ATTEND_GROUPS groups at the most. */
+    ptrdiff_t (*gradient_scratch)(ptrdiff_t depth, ptrdiff_t v_depth);
+    void (*gradient)(const fsm_attend *);
     /* One query: all heads over the keys [first, last) into `part`, of decode_part elements; then
      * the parts, in order, into the results. */
     ptrdiff_t (*decode_scratch)(ptrdiff_t depth, ptrdiff_t v_depth, ptrdiff_t heads);

@@ -20,6 +20,7 @@
 #define row_view FSM_NAME(row_view)
 #define make_rule FSM_NAME(make_rule)
 #define rule_score FSM_NAME(rule_score)
+#define rule_tanh FSM_NAME(rule_tanh)
 #define tanh_vec FSM_NAME(tanh_vec)
 #define view_of FSM_NAME(view_of)
 #define sees FSM_NAME(sees)
@@ -68,12 +69,15 @@ FSM_INLINE vec tanh_vec(vec y, exp_vref at_zero) {
     return v_add(v_if_less(y, v_set1(0), t, v_sub(v_set1(0), t)), v_unless(y, y, y));
 }
 
+/* tanh(scale * q.k / softcap) */
+FSM_INLINE vec rule_tanh(const score_rule *r, vec x) {
+    return tanh_vec(v_div(v_mul(x, v_set1(r->scale)), v_set1(r->cap)), r->at_zero);
+}
+
 /* z of a dot product, but for visibility; distance = |position - key| */
 FSM_INLINE vec rule_score(const score_rule *r, vec x, vec bias, vec slope, vec distance) {
-    if (r->cap != 0) {
-        x = v_div(v_mul(x, v_set1(r->scale)), v_set1(r->cap));
-        x = v_fma(v_set1(r->cap), tanh_vec(x, r->at_zero), bias);
-    } else x = v_fma(x, v_set1(r->scale), bias);
+    if (r->cap != 0) x = v_fma(v_set1(r->cap), rule_tanh(r, x), bias);
+    else x = v_fma(x, v_set1(r->scale), bias);
     return v_fnma(slope, distance, x);
 }
 

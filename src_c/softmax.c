@@ -55,7 +55,7 @@ struct fsm_plan {
     dimension row[FSM_MAX_NDIM], axis[FSM_MAX_NDIM];
     ptrdiff_t rows, n;
 
-    int direct, fused, columns, wide, resident, lanes;
+    int direct, fused, columns, wide, resident, labels, lanes;
     ptrdiff_t block;  /* fused: rows at a time */
     ptrdiff_t groups; /* of lanes along the last row dimension */
     ptrdiff_t units, chunk, chunks, slice;
@@ -87,13 +87,18 @@ static ptrdiff_t itemsize(fsm_dtype dtype) {
     }
 }
 
-/* Drops dimensions of size 1, walks the others forwards in x, sorts them by x's stride, largest
+static int has_labels(fsm_op op) {
+    return op == FSM_CROSS_ENTROPY || op == FSM_CROSS_ENTROPY_BACKWARD;
+}
+
+/* Drops dimensions of size 1, walks the others forwards in x (but for an axis whose elements have
+ * numbers), sorts them by x's stride, largest
  * first, and merges those that are one. */
 static int simplify(fsm_plan *p, dimension *d, int ndim) {
     int kept = 0;
     for (int i = 0; i < ndim; i++) {
         if (d[i].size == 1) continue;
-        if (d[i].stride[FSM_X] < 0)
+        if (d[i].stride[FSM_X] < 0 && !(d == p->axis && has_labels(p->op)))
             for (int o = 0; o < FSM_OPERAND_COUNT; o++) {
                 if (p->data[o]) p->data[o] += (d[i].size - 1) * d[i].stride[o];
                 d[i].stride[o] = -d[i].stride[o];
@@ -135,8 +140,10 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     const ptrdiff_t out_step = axis ? axis->stride[FSM_OUT] : itemsize(p->dtype[FSM_OUT]);
     const int plain = !p->data[FSM_BIAS] && !p->data[FSM_WHERE] && !p->data[FSM_SCALE];
     const int contiguous = p->axis_ndim <= 1 && x_step == itemsize(p->dtype[FSM_X]) &&
-                           (p->op == FSM_LOGSUMEXP || out_step == itemsize(p->dtype[FSM_OUT]));
-    const int whole = p->op <= FSM_LOGSUMEXP && contiguous && is_native(p, p->dtype[FSM_X]) &&
+                           (!p->pass->map || out_step == itemsize(p->dtype[FSM_OUT]));
+    p->labels = has_labels(p->op);
+    const int whole = (p->op <= FSM_LOGSUMEXP || (p->labels && p->n > FSM_SHORT_ROW)) &&
+                      contiguous && is_native(p, p->dtype[FSM_X]) &&
                       is_native(p, p->dtype[FSM_OUT]);
     p->direct = whole && plain;
     p->fused = whole && !plain && p->n <= FUSED_MOST;
@@ -170,7 +177,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
     p->chunks = (p->n + p->chunk - 1) / p->chunk;
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
-    if (p->direct && !p->wide)
+    if (p->direct && !p->wide && !p->labels)
         p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0
                               : p->n < FSM_BLOCK              ? FSM_BLOCK
                                                               : p->n;
@@ -351,6 +358,10 @@ static void store_piece(const fsm_plan *p, const unit_place *at, ptrdiff_t begin
                               p->dtype[FSM_OUT], from, at->rows);
 }
 
+static int stores_exp(const fsm_plan *p) {
+    return p->op == FSM_SOFTMAX || p->op == FSM_CROSS_ENTROPY_BACKWARD;
+}
+
 /* The tile of a piece: in place if direct, else in scratch, read there by this call unless it is
  * there already (`loaded`). */
 static fsm_tile tile_of(const fsm_plan *p, const unit_place *at, ptrdiff_t begin, ptrdiff_t end,
@@ -364,8 +375,8 @@ static fsm_tile tile_of(const fsm_plan *p, const unit_place *at, ptrdiff_t begin
         t.x = at->at[FSM_X] + begin * itemsize(p->dtype[FSM_X]);
         t.x_dtype = p->dtype[FSM_X];
         t.out_dtype = p->dtype[FSM_OUT];
-        if (p->op != FSM_LOGSUMEXP) t.out = at->at[FSM_OUT] + begin * itemsize(t.out_dtype);
-        if (p->op == FSM_SOFTMAX && t.out_dtype == p->compute) t.e = t.out;
+        if (p->pass->map) t.out = at->at[FSM_OUT] + begin * itemsize(t.out_dtype);
+        if (stores_exp(p) && t.out_dtype == p->compute) t.e = t.out;
         return t;
     }
     if (!loaded) load_piece(p, at, FSM_X, begin, end, scratch);
@@ -373,7 +384,7 @@ static fsm_tile tile_of(const fsm_plan *p, const unit_place *at, ptrdiff_t begin
         t.y = second_of(p, scratch);
         if (!loaded) load_piece(p, at, FSM_Y, begin, end, second_of(p, scratch));
     }
-    if (p->op == FSM_SOFTMAX && p->resident) t.e = scratch;
+    if (stores_exp(p) && p->resident) t.e = scratch;
     return t;
 }
 
@@ -434,6 +445,48 @@ static void fill_special(const fsm_plan *p, unit_place at, const fsm_state *st, 
     }
 }
 
+/* The label of a row of a unit; below 0: the row is ignored. */
+static ptrdiff_t label_of(const fsm_plan *p, const unit_place *at, int lane) {
+    int64_t label;
+    memcpy(&label, at->at[FSM_LABEL] + lane * lane_step(p, FSM_LABEL), sizeof label);
+    return (ptrdiff_t)label;
+}
+
+/* What a state of cross entropy begins with; before anything is written, for that may be over x. */
+static void begin_labels(const fsm_plan *p, const unit_place *at, fsm_state *st) {
+    memset(&st->label, 0, sizeof st->label);
+    memset(&st->grad, 0, sizeof st->grad);
+    for (int l = 0; l < at->rows; l++) {
+        const ptrdiff_t label = label_of(p, at, l);
+        if (label < 0) continue;
+        const fsm_run x = {.x = at->at[FSM_X] + l * lane_step(p, FSM_X) +
+                                axis_offset(p, FSM_X, label),
+                           .x_dtype = p->dtype[FSM_X]};
+        p->kernels->load((char *)&st->label + l * p->real_size, &x, 1);
+    }
+    const fsm_run grad = {
+        .x = at->at[FSM_GRAD], .x_stride = lane_step(p, FSM_GRAD), .x_dtype = p->compute};
+    if (grad.x) p->kernels->load(&st->grad, &grad, at->rows);
+}
+
+/* The gradients at the labels, and the results of the rows that are ignored. */
+static void end_labels(const fsm_plan *p, unit_place at, const fsm_state *st, char *scratch) {
+    const ptrdiff_t n = p->pass->map ? p->n : 1;
+    for (int l = 0; l < at.rows; l++) {
+        const ptrdiff_t label = label_of(p, &at, 0);
+        if (label >= 0 && p->pass->map && !is_special(p, st, l))
+            p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, label), 0, p->dtype[FSM_OUT],
+                              (const char *)&st->label + l * p->real_size, 1);
+        for (ptrdiff_t i = 0, k; label < 0 && i < n; i += k) {
+            k = least(even_run(p, i), least(n - i, p->scratch_elements));
+            memset(scratch, 0, (size_t)(k * p->real_size));
+            p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT),
+                              p->dtype[FSM_OUT], scratch, k);
+        }
+        if (l + 1 < at.rows) advance(p, &at, 1);
+    }
+}
+
 static void end_unit(const fsm_plan *p, const unit_place *at, const fsm_state *st, char *scratch) {
     if (!p->pass->map) {
         const fsm_dtype dtype = p->dtype[FSM_OUT];
@@ -443,6 +496,7 @@ static void end_unit(const fsm_plan *p, const unit_place *at, const fsm_state *s
             p->kernels->store(at->at[FSM_SIGN], p->lanes > 1 ? lane_step(p, FSM_SIGN) : 0, dtype,
                               &st->value[1], at->rows);
     } else if (!is_backward(p->op) && st->special) fill_special(p, *at, st, scratch);
+    if (p->labels) end_labels(p, *at, st, scratch);
 }
 
 /* ---- the four ways ---- */
@@ -559,6 +613,7 @@ static void whole_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
         const unit_place at = place_of(p, u);
         p->kernels->begin(&st, p->lanes, p->n);
         st.want_sign = p->data[FSM_SIGN] != NULL;
+        if (p->labels) begin_labels(p, &at, &st);
         for (pass_id pass = PASS_MAX; pass != PASS_END; pass = after_pass(p, pass, &st))
             for (ptrdiff_t c = 0; c < p->chunks; c++)
                 do_pass(p, &at, pass, &st, c * p->chunk, least((c + 1) * p->chunk, p->n), scratch,
@@ -582,6 +637,7 @@ static void run_wide(fsm_plan *p) {
         p->place = place_of(p, p->unit);
         p->kernels->begin(st, p->lanes, p->n);
         st->want_sign = p->data[FSM_SIGN] != NULL;
+        if (p->labels) begin_labels(p, &p->place, st);
     }
     const ptrdiff_t per_slice = p->slice / (p->chunk * p->lanes) + 1,
                     count = least(per_slice, p->chunks - p->next_chunk);
@@ -615,7 +671,8 @@ fsm_status fsm_plan_run(fsm_plan *p) {
         const ptrdiff_t grain =
             count / (p->threads * 8) + 1; /* several pieces a thread, so that they end together */
         fsm_parallel_for(p->threads, count, grain,
-                         p->direct    ? direct_rows
+                         p->labels    ? whole_units
+                         : p->direct  ? direct_rows
                          : p->fused   ? fused_rows
                          : p->columns ? column_units
                                       : whole_units,

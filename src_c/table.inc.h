@@ -5,10 +5,12 @@
 #include "softmax.inc.h"
 #include "backward.inc.h"
 #include "weighted.inc.h"
+#include "loss.inc.h"
 #include "rows.inc.h"
 #include "columns.inc.h"
 #include "score.inc.h"
 #include "attention.inc.h"
+#include "attention_backward.inc.h"
 #include "decode.inc.h"
 
 #define FSM_KERNELS                                                                                \
@@ -29,6 +31,10 @@
                 [FSM_LOG_SOFTMAX_BACKWARD] = {log_backward_max, NULL, backward_reference,          \
                                               log_backward_sum, backward_finish,                   \
                                               log_backward_map},                                   \
+                [FSM_CROSS_ENTROPY] = {max_pass, NULL, reference_pass, sum_pass,                   \
+                                       finish_cross_entropy, NULL},                                \
+                [FSM_CROSS_ENTROPY_BACKWARD] = {max_pass, NULL, reference_pass, sum_pass,          \
+                                                finish_cross_entropy_backward, map_softmax},       \
             },                                                                                     \
         .rows = rows_all,                                                                          \
         .columns = columns_all,                                                                    \
@@ -42,6 +48,8 @@
         .attend_rows = GROUP,                                                                      \
         .attend_scratch = attend_bytes,                                                            \
         .attend = attend_unit,                                                                     \
+        .gradient_scratch = gradient_bytes,                                                        \
+        .gradient = gradient_unit,                                                                 \
         .decode_scratch = decode_bytes,                                                            \
         .decode_part = part_elements,                                                              \
         .decode = decode_run,                                                                      \

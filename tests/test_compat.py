@@ -84,6 +84,8 @@ def test_scipy_signatures(special, name):
 
 
 SIGNATURES = {
+    "cross_entropy": "(input, target, weight=None, size_average=None, ignore_index=-100, "
+    "reduce=None, reduction='mean', label_smoothing=0.0)",
     "softmax": "(input, dim, dtype=None)",
     "log_softmax": "(input, dim, dtype=None)",
     "softmin": "(input, dim, dtype=None)",

@@ -1,7 +1,7 @@
 """Functions on NumPy arrays with the signatures of ``torch.nn.functional`` and ``torch``.
 
-softmax, log_softmax, softmin, gumbel_softmax and scaled_dot_product_attention are those of
-``torch.nn.functional``, logsumexp is that of ``torch``.
+softmax, log_softmax, softmin, gumbel_softmax, cross_entropy and scaled_dot_product_attention are
+those of ``torch.nn.functional``, logsumexp is that of ``torch``.
 
 What differs from PyTorch:
 
@@ -15,6 +15,8 @@ What differs from PyTorch:
 - In attention a query depends on what it sees alone: a NaN in a key or value that is hidden changes
   nothing. attn_mask together with is_causal=True is an error, as PyTorch documents and does not
   always check. attn_mask may have any floating dtype. There is no dropout.
+- cross_entropy takes the numbers of classes as target, not probabilities, and has no
+  label_smoothing.
 - Exceptions are TypeError, ValueError, numpy.exceptions.AxisError and NotImplementedError, where
   PyTorch mostly raises RuntimeError.
 """
@@ -26,6 +28,7 @@ import numpy as np
 from .. import _core
 
 __all__ = [
+    "cross_entropy",
     "gumbel_softmax",
     "log_softmax",
     "logsumexp",
@@ -180,6 +183,64 @@ def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1, *, rng=None):
     one_hot = np.zeros_like(y)
     np.put_along_axis(one_hot, y.argmax(dim, keepdims=True), 1, dim)
     return one_hot + 0 * y  # rows of NaN stay NaN
+
+
+def cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    """Cross entropy of classes, as in PyTorch: :func:`fastsoftmax.cross_entropy`.
+
+    Parameters
+    ----------
+    input : array_like, [C], [N, C] or [N, C, ...]
+        Logits.
+    target : array_like of int, [], [N] or [N, ...]
+        The class of each row.
+    weight : array_like, [C], optional
+        A number for each class, by which the loss is multiplied.
+    size_average, reduce : None
+        What PyTorch deprecated in favour of reduction: refused.
+    ignore_index : int, default -100
+        Rows with this target are ignored.
+    reduction : {"mean", "sum", "none"}
+        As for :func:`fastsoftmax.cross_entropy`.
+    label_smoothing : float, default 0.0
+        Only 0 is supported.
+
+    Returns
+    -------
+    ndarray or NumPy scalar
+        "none": of the shape of target, else a scalar.
+
+    Raises
+    ------
+    NotImplementedError
+        For label_smoothing, or a target of probabilities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastsoftmax.compat.torch as F
+    >>> F.cross_entropy(np.zeros((2, 4)), np.array([0, 3])).round(4)
+    np.float64(1.3863)
+    """
+    if size_average is not None or reduce is not None:
+        raise TypeError("size_average and reduce are deprecated in PyTorch: pass reduction=")
+    if label_smoothing != 0:
+        raise NotImplementedError(f"label_smoothing must be 0, got {label_smoothing}")
+    if np.asarray(target).dtype.kind == "f":
+        raise NotImplementedError("target must hold classes; probabilities are not supported")
+    axis = 0 if np.ndim(input) == 1 else 1
+    return _core.cross_entropy(
+        input, target, axis, weight=weight, reduction=reduction, ignore_index=ignore_index
+    )
 
 
 def scaled_dot_product_attention(

@@ -39,14 +39,14 @@ typedef struct {
     double scale, softcap, offset;
     int causal;
     ptrdiff_t left, right;
-    int has[FSM_ATTN_COUNT], layout[FSM_ATTN_COUNT];
-    int still[FSM_ATTN_COUNT]; /* bits of the dimensions with a stride of 0 */
-    int poison;                /* 1: what nobody sees is NaN or inf, 2: and some of what is seen */
-    int threads, upward;       /* upward: the caller rounds so, which must change nothing */
+    int has[OPERANDS], layout[OPERANDS];
+    int still[OPERANDS]; /* bits of the dimensions with a stride of 0 */
+    int poison;          /* 1: what nobody sees is NaN or inf, 2: and some of what is seen */
+    int threads, upward; /* upward: the caller rounds so, which must change nothing */
     uint64_t seed;
 } test;
 
-enum { RESULTS = FSM_ATTN_COUNT - FSM_ATTN_OUT };
+enum { OPERANDS = FSM_ATTN_WEIGHTS + 1, RESULTS = OPERANDS - FSM_ATTN_OUT };
 static const char *const names[] = {"q",       "k",     "v",      "mask", "bias", "offset",
                                     "lengths", "sinks", "slopes", "out",  "lse",  "weights"};
 
@@ -104,7 +104,7 @@ static void expect(int ok, const test *t, const fsm_isa *isa, const char *what) 
         t->queries, t->keys, t->depth, t->v_depth, t->scale, t->softcap, t->offset, t->left,
         t->right, t->causal ? ", causal" : "", t->upward ? ", upward" : "", t->poison, t->threads,
         (unsigned long long)t->seed);
-    for (int o = 0; o < FSM_ATTN_COUNT; o++) {
+    for (int o = 0; o < OPERANDS; o++) {
         if (!t->has[o]) continue;
         printf(", %s: %s %s", names[o], type_names[type_of(t, o)], layouts[t->layout[o]].name);
         for (int d = 0; d < DIMS; d++)
@@ -154,8 +154,8 @@ static double draw(const test *t, int o, const ptrdiff_t at[DIMS]) {
 
 /* All that a test is made of, as numbers. */
 typedef struct {
-    double *at[FSM_ATTN_COUNT];
-    ptrdiff_t stride[FSM_ATTN_COUNT][DIMS];
+    double *at[OPERANDS];
+    ptrdiff_t stride[OPERANDS][DIMS];
 } world;
 
 static void set_strides(ptrdiff_t stride[DIMS], const ptrdiff_t extent[DIMS], ptrdiff_t *size) {
@@ -330,9 +330,9 @@ static void run(const test *t, const fsm_isa *isa, const world *w, const ptrdiff
                        .causal = t->causal,
                        .left = t->left,
                        .right = t->right};
-    array a[FSM_ATTN_COUNT] = {0};
+    array a[OPERANDS] = {0};
     fsm_attention_plan *plan;
-    for (int o = 0; o < FSM_ATTN_COUNT; o++) {
+    for (int o = 0; o < OPERANDS; o++) {
         if (!t->has[o]) continue;
         a[o] = new_operand(t, o, w, origin, world_share);
         p.operand[o] = (fsm_array){a[o].first, type_of(t, o), {0}};
@@ -348,7 +348,7 @@ static void run(const test *t, const fsm_isa *isa, const world *w, const ptrdiff
     fesetround(FE_TONEAREST);
     expect(kept, t, isa, "changed the floating-point mode or flags");
     expect(status == FSM_DONE, t, isa, "did not end");
-    for (int o = 0; o < FSM_ATTN_COUNT; o++) {
+    for (int o = 0; o < OPERANDS; o++) {
         if (!t->has[o]) continue;
         const int k = o - FSM_ATTN_OUT, size = sizes[type_of(t, o)];
         ptrdiff_t extent[DIMS], at[DIMS] = {0};
@@ -503,7 +503,7 @@ static void compare(const test *t, const world *w, const results *got, const res
     entry *e = allocate((t->v_depth + 1 + t->keys) * (ptrdiff_t)sizeof *e), *lse = e + t->v_depth;
     if (!is_empty(extent)) do {
             evaluate(t, w, row, e, lse, t->has[FSM_ATTN_WEIGHTS] ? lse + 1 : NULL);
-            for (int o = FSM_ATTN_OUT; o < FSM_ATTN_COUNT; o++) {
+            for (int o = FSM_ATTN_OUT; o < OPERANDS; o++) {
                 const int r = o - FSM_ATTN_OUT, size = sizes[type_of(t, o)];
                 const entry *want = r == 0 ? e : r == 1 ? lse : lse + 1;
                 const ptrdiff_t n = r == 0 ? t->v_depth : r == 1 ? 1 : t->keys;
@@ -575,7 +575,7 @@ static test make(int type, ptrdiff_t kv_heads, ptrdiff_t share, ptrdiff_t querie
               .threads = 1,
               .seed = tests_made++};
     t.scale = 1 / sqrt((double)depth);
-    for (int o = 0; o < FSM_ATTN_COUNT; o++) t.has[o] = o <= FSM_ATTN_V || o >= FSM_ATTN_OUT;
+    for (int o = 0; o < OPERANDS; o++) t.has[o] = o <= FSM_ATTN_V || o >= FSM_ATTN_OUT;
     return t;
 }
 
@@ -584,7 +584,7 @@ static int chance(uint64_t *h, int n) { return (int)((*h = mix(*h + 1)) % (uint6
 
 static test laid_out(test t) {
     uint64_t h = t.seed;
-    for (int o = 0; o < FSM_ATTN_COUNT; o++) t.layout[o] = chance(&h, COUNT(layouts));
+    for (int o = 0; o < OPERANDS; o++) t.layout[o] = chance(&h, COUNT(layouts));
     t.threads = 1 + chance(&h, 3);
     t.upward = chance(&h, 2);
     return t;
