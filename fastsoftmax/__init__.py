@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 try:
     from ._core import (
         attention,
+        attention_varlen,
         available_isas,
         get_num_threads,
         isa,
@@ -39,6 +40,7 @@ except ModuleNotFoundError as error:
 __all__ = [
     "__version__",
     "attention",
+    "attention_varlen",
     "available_isas",
     "get_num_threads",
     "isa",

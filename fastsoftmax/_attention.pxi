@@ -113,9 +113,11 @@ cdef _per_head(value, name, heads, compute):
 
 # ---- attention ----
 
-cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, scale, softcap,
-                sinks, slopes, out, bint with_lse, bint with_weights):
-    cdef fsm_attention problem
+cdef _enter_attention(fsm_attention *problem, q, k, v, mask, bias, bint causal, q_offset,
+                      kv_lengths, window, scale, softcap, sinks, slopes, out):
+    """Checks the arguments and enters them, as they are when `out` is written to. Returns the
+    arrays, which must outlive the problem; the leading dimensions; the shapes of the rows and of
+    the scores, as the caller sees them; the compute type."""
     cdef int d, ndim
     q, k, v = _as_positions(q, "q"), _as_positions(k, "k"), _as_positions(v, "v")
     one_head = q.ndim == k.ndim == v.ndim == 2
@@ -157,14 +159,11 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
     problem.compute = <fsm_dtype><int>_code(compute)
     problem.heads, problem.queries, problem.depth = heads, queries, depth
     problem.kv_heads, problem.keys, problem.v_depth = kv_heads, keys, v_depth
-    y = np.empty(rows + (v_depth,), q.dtype) if out is None else out
-    lse = np.empty(rows, compute) if with_lse else None
-    weights = np.empty(scores, q.dtype) if with_weights else None
     q, k, v = [array if array.shape[:-3] == lead else
                np.broadcast_to(array, lead + array.shape[-3:]) for array in (q, k, v)]
-    q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes = [
-        _apart(array, out, False)
-        for array in (q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes)]
+    arrays = [_apart(array, out, False)
+              for array in (q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes)]
+    q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes = arrays
     _enter(&problem.operand[<int>FSM_ATTN_Q], q, ndim + 3)
     _enter(&problem.operand[<int>FSM_ATTN_K], k, ndim + 3)
     _enter(&problem.operand[<int>FSM_ATTN_V], v, ndim + 3)
@@ -174,6 +173,20 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
     _enter(&problem.operand[<int>FSM_ATTN_LENGTHS], kv_lengths, ndim)
     _enter(&problem.operand[<int>FSM_ATTN_SINKS], sinks, ndim + 1)
     _enter(&problem.operand[<int>FSM_ATTN_SLOPES], slopes, ndim + 1)
+    return arrays, lead, rows, scores, compute
+
+
+cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, scale, softcap,
+                sinks, slopes, out, bint with_lse, bint with_weights):
+    cdef fsm_attention problem
+    cdef int ndim
+    arrays, lead, rows, scores, compute = _enter_attention(
+        &problem, q, k, v, mask, bias, causal, q_offset, kv_lengths, window, scale, softcap, sinks,
+        slopes, out)
+    dtype, ndim = arrays[0].dtype, problem.ndim
+    y = np.empty(rows + (problem.v_depth,), dtype) if out is None else out
+    lse = np.empty(rows, compute) if with_lse else None
+    weights = np.empty(scores, dtype) if with_weights else None
     _enter(&problem.operand[<int>FSM_ATTN_OUT], y, ndim + 3)
     _enter(&problem.operand[<int>FSM_ATTN_LSE], lse, ndim + 2)
     _enter(&problem.operand[<int>FSM_ATTN_WEIGHTS], weights, ndim + 3)
@@ -182,13 +195,14 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
     return results if len(results) > 1 else y
 
 
-cdef int _run_attention(fsm_attention *problem) except -1:
+cdef int _run_attention(fsm_attention *problem, const int64_t *q_starts=NULL,
+                        const int64_t *k_starts=NULL) except -1:
     """As _run."""
     cdef fsm_attention_plan *plan
     cdef fsm_status status
     problem.isa = _active
     problem.threads = get_num_threads()
-    status = fsm_attention_new(&plan, problem)
+    status = fsm_attention_packed_new(&plan, problem, q_starts, k_starts)
     if status == FSM_NOMEM:
         raise MemoryError("fastsoftmax: no memory for scratch")
     try:

@@ -3,7 +3,7 @@
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
 which to compute and to store. This file has the softmax family and the settings, _attention.pxi the
-attention functions.
+attention functions, _attention_varlen.pxi attention over packed sequences.
 """
 
 import os
@@ -744,6 +744,7 @@ def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
 
 
 include "_attention.pxi"
+include "_attention_varlen.pxi"
 
 
 # ---- threads ----

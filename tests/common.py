@@ -44,6 +44,7 @@ PUBLIC = (
     "softmax_backward",
     "log_softmax_backward",
     "attention",
+    "attention_varlen",
     "merge_attention",
     "set_num_threads",
     "get_num_threads",
