@@ -20,8 +20,10 @@ import fastsoftmax as fs
 from fastsoftmax import reference
 
 # (queries, keys) of each sequence: none; one, with and without parts to merge; beside a vector, a
-# block of keys and a unit of queries; some of them twice, long after short.
-LENGTHS = [(0, 5), (3, 0), (1, 1), (5, 5), (1, 1100), (30, 64), (97, 65), (1, 513), (1, 0), (130, 200)]  # fmt: skip
+# block of keys and a unit of queries, long after short.
+LENGTHS = [
+    (0, 5), (3, 0), (1, 1), (5, 5), (1, 1100), (30, 64), (97, 65), (1, 513), (1, 0), (130, 200),
+]  # fmt: skip
 NONE = [(0, 0)]
 HEADS, KV_HEADS, DEPTH, V_DEPTH = 6, 2, 9, 5
 PER_SEQUENCE = ("q_offset", "kv_lengths")
@@ -107,7 +109,7 @@ def test_options_together_and_threads(isa, dtype):
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_many_slices(isa, threads):
-    """More tasks than a slice holds, of both kinds; chunks of heads of which the last is smaller."""
+    """More tasks than a slice holds, of both kinds; the last chunk of heads is smaller."""
     lengths = [(1, 40 + 90 * (i % 9)) for i in range(150)] + [(2, 30)] * 100 + [(1, 3000)]
     with fs.num_threads(threads):
         assert_as_in_a_loop(packed(lengths, F32, 19, 1, 3, 2), {"is_causal": True, "q_offset": 40})
