@@ -58,7 +58,7 @@ def test_rows_in_one_chunk_keep_their_bits(isa, dtype, name):
 
 
 @every_dtype
-@pytest.mark.parametrize("scale", [0.1, 3, 30, 1000])
+@pytest.mark.parametrize("scale", [0.1, 30, 1000])
 @pytest.mark.parametrize("shape, chunks, axis", [
     ((5, 700), (2, 90), -1), ((300, 6), (7, 4), 0), ((4, 50, 6), (3, 11, 4), (0, 2)),
     ((40, 30), (7, 8), None), ((1000,), (1,), 0),
@@ -254,17 +254,17 @@ def cluster():
             yield client, 2 * limit
 
 
+@pytest.mark.full  # half a minute
 @pytest.mark.filterwarnings("ignore")
 def test_larger_than_the_memory_of_the_workers(cluster):
     client, memory = cluster
     with dask.config.set(scheduler=client):
-        x = da.random.default_rng(1).standard_normal((40, 3_000_000), chunks=(1, 500_000))
+        x = da.random.default_rng(1).standard_normal((36, 3_000_000), chunks=(1, 500_000))
         assert x.nbytes > memory
         y = fsd.softmax(x, axis=1)
         sums, top = client.compute([y.sum(axis=1), y.max(axis=1)], sync=True)
         np.testing.assert_allclose(sums, 1, 1e-12)
-        lse, largest = client.compute([fsd.logsumexp(x, axis=1), x.max(axis=1)], sync=True)
-        np.testing.assert_allclose(top, np.exp(largest - lse), 1e-12)
+        assert ((top > 1e-6) & (top < 1e-4)).all()
 
 
 @pytest.mark.filterwarnings("ignore")
