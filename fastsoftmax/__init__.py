@@ -5,8 +5,8 @@ A map of the house. The public names below come from ``_core``, the only Cython 
 all arithmetic is there, compiled once for each instruction set (ISA) and chosen when the package is
 imported. ``reference`` has the same functions in a few lines of NumPy each: read it to know what a
 function means, use it to test one. ``__main__`` is the command line (``fastsoftmax demo | info |
-selftest | bench | apply``), ``bench`` and ``apply`` are behind the last of these, and ``dask`` has the
-same functions over dask arrays.
+selftest | bench | apply``), ``bench`` and ``apply`` are behind the last of these, and ``dask`` has
+the functions over dask arrays.
 """
 
 __version__ = "0.1.0.dev0"

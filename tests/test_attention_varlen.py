@@ -8,6 +8,7 @@ from common import (
     F32,
     F64,
     Attention,
+    GuardedPages,
     Size,
     assert_same_bits,
     every_dtype,
@@ -159,6 +160,16 @@ def test_other_sequences_leave_no_trace(isa):
         k[others], v[others] = np.nan, np.inf
         queries = slice(cu_q[i], cu_q[i + 1])
         assert_same_bits(fs.attention_varlen(q, k, v, cu_q, cu_k)[queries], want[queries])
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_guard_pages(isa, at):
+    *arrays, cu_q, cu_k = packed(LENGTHS, F32)
+    want = fs.attention_varlen(*arrays, cu_q, cu_k)
+    guarded = [GuardedPages(a.nbytes).copy_of(a, at) for a in (*arrays, want)]
+    guarded[3][...] = 7
+    fs.attention_varlen(*guarded[:3], cu_q, cu_k, out=guarded[3])
+    assert_same_bits(guarded[3], want)
 
 
 def test_out_strides_and_overlap(isa):
