@@ -31,7 +31,7 @@ class _Refused(Exception):
 
 def add_arguments(command):
     """Add the arguments of the command to its parser."""
-    command.add_argument("source", type=Path, metavar="IN.npy", help="the logits, any axis order")
+    command.add_argument("source", type=Path, metavar="IN.npy", help="the logits")
     command.add_argument("target", type=Path, metavar="OUT.npy", help="replaced if it exists")
     command.add_argument("--axis", type=int, default=-1, help="default: the last")
     about = "float16, bfloat16, float32 or float64; default: that of IN, float64 for integers"
