@@ -44,12 +44,10 @@ FUNCTIONS = ("softmax", "log_softmax", "logsumexp")
 
 
 @every_dtype
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS[:2])
 def test_rows_in_one_chunk_keep_their_bits(isa, dtype, name):
     x, d = chunked((7, 60, 5), (2, -1, 3), dtype)
     y = getattr(fsd, name)(d, 1, dtype=dtype)
-    if name == "logsumexp":
-        return  # float64 inside; see below
     assert isinstance(y, da.Array) and y.chunks == d.chunks and y.dtype == dtype
     assert y._meta.dtype == dtype
     assert_same_bits(y.compute(), getattr(fs, name)(x, 1))
