@@ -1,4 +1,4 @@
-"""The command line: ``fastsoftmax demo | info | selftest | bench``."""
+"""The command line: ``fastsoftmax demo | info | selftest | bench | apply``."""
 
 import argparse
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import fastsoftmax as fs
-from fastsoftmax import _core, bench, reference
+from fastsoftmax import _core, apply, bench, reference
 
 # --- demo -----------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ def log_error(got, true, top, dtype):
     return (np.abs(error) / ulp).max()
 
 
-# --- info, bench and the parser -------------------------------------------------------------------
+# --- info, and the parser -------------------------------------------------------------------------
 
 
 def info(args):
@@ -246,6 +246,8 @@ def main(argv=None):
     add("selftest", selftest, "check every ISA of this CPU against the oracle; takes some seconds")
     command = add("bench", bench.run, "compare speed or accuracy with other libraries")
     bench.add_arguments(command)
+    command = add("apply", apply.run, "softmax of an array in a file, of any size, into another")
+    apply.add_arguments(command)
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -199,13 +199,14 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
     return results if len(results) > 1 else first
 
 
-cdef int _run_attention(fsm_attention *problem) except -1:
+cdef int _run_attention(fsm_attention *problem, const int64_t *q_starts=NULL,
+                        const int64_t *k_starts=NULL) except -1:
     """As _run."""
     cdef fsm_attention_plan *plan
     cdef fsm_status status
     problem.isa = _active
     problem.threads = get_num_threads()
-    status = fsm_attention_new(&plan, problem)
+    status = fsm_attention_packed_new(&plan, problem, q_starts, k_starts)
     if status == FSM_NOMEM:
         raise MemoryError("fastsoftmax: no memory for scratch")
     try:

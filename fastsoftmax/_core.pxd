@@ -1,5 +1,6 @@
 # The C API, src_c/fastsoftmax.h, as Cython sees it.
 from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport int64_t
 
 
 cdef extern from "fastsoftmax.h" nogil:
@@ -73,7 +74,8 @@ cdef extern from "fastsoftmax.h" nogil:
     ctypedef struct fsm_attention_plan:
         pass
 
-    fsm_status fsm_attention_new(fsm_attention_plan **plan, const fsm_attention *problem)
+    fsm_status fsm_attention_packed_new(fsm_attention_plan **plan, const fsm_attention *problem,
+                                        const int64_t *q_starts, const int64_t *k_starts)
     fsm_status fsm_attention_run(fsm_attention_plan *plan)
     void fsm_attention_free(fsm_attention_plan *plan)
 

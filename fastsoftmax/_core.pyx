@@ -3,8 +3,9 @@
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
 which to compute and to store. This file has the softmax family and the settings, _loss.pxi cross
-entropy, _attention.pxi the attention functions and _attention_backward.pxi their gradients,
-_ufuncs.pxi the loops of the ufuncs, _embedding.pxi what compiled code of other people calls.
+entropy, _attention.pxi the attention functions, _attention_varlen.pxi attention over packed
+sequences, _attention_backward.pxi gradients, _ufuncs.pxi the loops of the ufuncs, _embedding.pxi what
+compiled code of other people calls.
 """
 
 import os
@@ -791,6 +792,7 @@ def log_softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
 
 include "_loss.pxi"
 include "_attention.pxi"
+include "_attention_varlen.pxi"
 include "_attention_backward.pxi"
 include "_ufuncs.pxi"
 include "_embedding.pxi"

@@ -29,6 +29,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 __all__ = [
     "attention",
     "attention_bound",
+    "attention_varlen",
     "log_softmax",
     "log_softmax_backward",
     "logsumexp",
@@ -213,6 +214,33 @@ def attention(q, k, v, /, *, return_lse=False, return_weights=False, **options):
     a = _Attention(q, k, v, **options)
     weights, lse = _weigh(sum(a.terms), a.visible, a.sinks)
     return a.results(_mix(weights, a.visible, a.v), lse, weights, return_lse, return_weights)
+
+
+def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, /, *, return_lse=False, **options):
+    """Attention of each sequence for itself, one after the other.
+
+    >>> x = np.array([[[0.0]], [[1.0]], [[2.0]]])
+    >>> attention_varlen(x, x, x, [0, 2, 3], [0, 1, 3])[:, 0, 0].round(3)
+    array([0.   , 0.   , 1.881])
+    """
+    starts = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
+    lengths = [np.diff(s) for s in starts]
+    lead = (len(lengths[0]),)
+    scores = *lead, q.shape[1], *(n.max(initial=0) for n in lengths)
+    precise = options.get("precise", np.float64)
+    out, lse = np.empty((*q.shape[:2], v.shape[2]), precise), np.empty(q.shape[:2], precise)
+    for i, (n_queries, n_keys) in enumerate(zip(*lengths, strict=True)):
+        rows, keys = (slice(s[i], s[i + 1]) for s in starts)
+        own = dict(options)
+        for name in {"mask", "bias"} & {n for n in options if options[n] is not None}:
+            padded = _broadcast(np.asarray(options[name]), scores, name, "the padded scores")
+            own[name] = padded[i, :, :n_queries, :n_keys]
+        for name in {"q_offset", "kv_lengths"} & {n for n in options if options[n] is not None}:
+            own[name] = np.broadcast_to(options[name], lead)[i]
+        arrays = (x.swapaxes(0, 1) for x in (q[rows], k[keys], v[keys]))
+        results = attention(*arrays, **own, return_lse=True)
+        out[rows], lse[rows] = (x.swapaxes(0, 1) for x in results)
+    return (out, lse) if return_lse else out
 
 
 @_quiet

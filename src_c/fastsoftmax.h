@@ -177,6 +177,13 @@ fsm_status fsm_attention_new(fsm_attention_plan **plan, const fsm_attention *pro
 fsm_status fsm_attention_run(fsm_attention_plan *plan);
 void fsm_attention_free(fsm_attention_plan *plan);
 
+/* The same over packed sequences, shape[0] of them, ndim being 1: sequence i has the queries
+ * q_starts[i] to q_starts[i + 1] of Q, OUT and LSE and the keys k_starts[i] to k_starts[i + 1] of K
+ * and V, whose leading strides are 0. `queries` and `keys` are those of the longest; MASK and BIAS
+ * count from the first query and key of each sequence, and WEIGHTS is absent. */
+fsm_status fsm_attention_packed_new(fsm_attention_plan **plan, const fsm_attention *problem,
+                                    const int64_t *q_starts, const int64_t *k_starts);
+
 /* The gradients of attention with respect to q, k, v, bias and sinks, from that with respect to
  * OUT. OUT and LSE are those of the forward pass, and read; WEIGHTS is not looked at. What is added
  * to may have strides of 0 where it is broadcast, and its arrays share no memory with others. As

@@ -47,6 +47,7 @@ PUBLIC = (
     "cross_entropy_backward",
     "attention",
     "attention_backward",
+    "attention_varlen",
     "merge_attention",
     "set_num_threads",
     "get_num_threads",

@@ -76,6 +76,12 @@ def test_compat(module):
         assert_numpydoc(function)
 
 
+def test_dask():
+    """The functions over dask arrays, likewise."""
+    dask = pytest.importorskip("fastsoftmax.dask", exc_type=ImportError)
+    test_compat(dask)
+
+
 def test_compat_docstring():
     assert run(compat.__doc__, "fastsoftmax.compat", "docstring")
 

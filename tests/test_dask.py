@@ -1,0 +1,282 @@
+"""fastsoftmax.dask: lazy, with the right chunks, and within its bounds however they lie."""
+
+import numpy as np
+import pytest
+from common import (
+    F16,
+    F32,
+    F64,
+    WIDE,
+    Attention,
+    Size,
+    assert_same_bits,
+    every_dtype,
+    normal,
+)
+
+import fastsoftmax as fs
+from fastsoftmax import reference
+
+pytest.importorskip("dask.array")
+import dask
+import dask.array as da
+
+import fastsoftmax.dask as fsd
+
+# softmax with a chunked axis: 0.5 for the one rounding, and what 8 ulp of float64 can do to a tie.
+BOUND = {F32: 0.51, F64: 8.0}
+
+
+@pytest.fixture(autouse=True)
+def synchronous():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def chunked(shape, chunks, dtype, *key, scale=3.0):
+    x = normal(shape, dtype, scale, *key)
+    return x, da.from_array(x, chunks=chunks)
+
+
+# --- softmax, log_softmax, logsumexp --------------------------------------------------------------
+
+FUNCTIONS = ("softmax", "log_softmax", "logsumexp")
+
+
+@every_dtype
+@pytest.mark.parametrize("name", FUNCTIONS[:2])
+def test_rows_in_one_chunk_keep_their_bits(isa, dtype, name):
+    x, d = chunked((7, 60, 5), (2, -1, 3), dtype)
+    y = getattr(fsd, name)(d, 1, dtype=dtype)
+    assert isinstance(y, da.Array) and y.chunks == d.chunks and y.dtype == dtype
+    assert y._meta.dtype == dtype
+    assert_same_bits(y.compute(), getattr(fs, name)(x, 1))
+    y = getattr(fsd, name)(d, axis=1, temperature=0.7)
+    assert_same_bits(y.compute(), getattr(fs, name)(x, 1, temperature=0.7))
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", [0.1, 30, 1000])
+@pytest.mark.parametrize("shape, chunks, axis", [
+    ((5, 700), (2, 90), -1), ((300, 6), (7, 4), 0), ((4, 50, 6), (3, 11, 4), (0, 2)),
+    ((40, 30), (7, 8), None), ((1000,), (1,), 0),
+])  # fmt: skip
+def test_chunked_axis(isa, dtype, shape, chunks, axis, scale, record_max):
+    if isa != "scalar" and len(shape) == 1:
+        pytest.skip("1000 tasks once are enough")
+    x, d = chunked(shape, chunks, dtype, scale=scale)
+    x, d = (x[..., :150], d[..., :150]) if len(shape) == 1 else (x, d)
+    true, log, lse = (
+        getattr(reference, name)(x, axis=axis, precise=WIDE) for name in FUNCTIONS
+    )  # fmt: skip
+    y = fsd.softmax(d, axis)
+    assert y.chunks == d.chunks and y.dtype == dtype
+    got = y.compute()
+    assert got.dtype == dtype
+    bound = BOUND.get(dtype, 0.51)
+    record_max(f"dask softmax {dtype.name}", reference.ulp_error(got, true, dtype), bound)
+    size = max(1, np.abs(x).max().astype(F64))
+    for name, exact in (("log_softmax", log), ("logsumexp", lse)):
+        z = getattr(fsd, name)(d, axis)
+        assert z.dtype == dtype and z.shape == exact.shape
+        got = z.compute()
+        allowed = 8 * 2.0**-53 * np.maximum(size, abs(exact))
+        if dtype != F64:
+            bits = {F16: 11, F32: 24}.get(dtype, 8)
+            smallest = {F16: -14}.get(dtype, -126)
+            exponent = np.maximum(np.frexp(exact)[1], smallest + 1)
+            allowed = allowed + 0.51 * np.ldexp(WIDE(1), exponent - bits)
+        errors = np.abs(got.astype(WIDE) - exact) / allowed
+        record_max(f"dask {name} {dtype.name}", errors, 1.0, unit="of the bound")
+    keep = fsd.logsumexp(d, axis, keepdims=True)
+    assert_same_bits(keep.compute(), fsd.logsumexp(d, axis).compute().reshape(keep.shape))
+
+
+def test_special_values_across_chunks(isa):
+    inf, nan = np.inf, np.nan
+    x = np.array([
+        [1, 2, 3, 4, 5, 6], [-inf] * 3 + [1, 2, 3], [1, nan, 2, 3, 4, 5], [1, 2, 3, 4, inf, 5],
+        [-inf] * 6, [inf, 1, 2, -inf, -inf, -inf], [nan, inf, 0, -inf, -inf, -inf],
+        [1e308, -1e308, 0, 0, 1e308, 1], [-700, 0, 0, 700, 0, -1000], [5e-324] * 6,
+    ])  # fmt: skip
+    for chunks in (1, 2, 3, 4):
+        d = da.from_array(x, chunks=(3, chunks))
+        for name in FUNCTIONS:
+            want = getattr(fs, name)(x, axis=1)
+            got = getattr(fsd, name)(d, axis=1).compute()
+            np.testing.assert_allclose(got, want, 1e-14, err_msg=name)
+            assert_same_bits(np.isneginf(got), np.isneginf(want))
+
+
+def test_dtype_temperature_and_integers(isa):
+    x, d = chunked((4, 90), (4, 40), F16)
+    y = fsd.softmax(d, dtype=np.float32, temperature=3)
+    assert y.dtype == F32
+    true = reference.softmax(x.astype(F64), temperature=3)
+    assert reference.ulp_error(y.compute(), true, F32).max() <= 0.51
+    i = da.from_array(np.arange(12).reshape(3, 4), chunks=2)
+    assert fsd.softmax(i).dtype == F64
+    np.testing.assert_allclose(
+        fsd.softmax(i).compute(), fs.softmax(np.arange(12).reshape(3, 4)), 1e-14
+    )
+    for shape in ((0, 4), (4, 0)):
+        empty = da.zeros(shape, chunks=2)
+        assert fsd.softmax(empty).compute().shape == shape
+        assert_same_bits(fsd.logsumexp(empty, 1).compute(), fs.logsumexp(np.zeros(shape), 1))
+
+
+def test_lazy():
+    def fail(*_):
+        raise AssertionError("computed too early")
+
+    x = da.from_array(np.zeros((6, 6), F32), chunks=2).map_blocks(
+        fail, dtype=F32, meta=np.empty((0, 0), F32)
+    )
+    q = x[None]
+    for y in (fsd.softmax(x), fsd.log_softmax(x, None), fsd.logsumexp(x), fsd.attention(q, q, q)):
+        with pytest.raises(AssertionError, match="too early"):
+            y.compute()
+
+
+def test_errors():
+    x = da.zeros((4, 4), chunks=2)
+    for function in (fsd.softmax, fsd.log_softmax, fsd.logsumexp):
+        with pytest.raises(TypeError, match="x must be a dask array, got ndarray"):
+            function(np.zeros(3))
+        with pytest.raises(np.exceptions.AxisError):
+            function(x, 2)
+        with pytest.raises(TypeError, match="dtype complex128"):
+            function(x.astype(complex))
+        with pytest.raises(TypeError, match="dtype must be"):
+            function(x, dtype=int)
+    with pytest.raises(ValueError, match="temperature"):
+        fsd.softmax(x, temperature=0)
+    with pytest.raises(ValueError, match="temperature must be a number"):
+        fsd.softmax(x, temperature=[1, 2])
+    q = da.zeros((2, 4, 8), chunks=2)
+    for arrays, error, message in (
+        ((q, q, np.zeros((2, 4, 8))), TypeError, "v must be a dask array"),
+        ((q[0], q, q), ValueError, "q must have shape"),
+        ((q, q[:, :2], q), ValueError, "same number of keys"),
+        ((q, q[..., :3], q), ValueError, "same number of columns"),
+        ((q, q.astype(F32), q), TypeError, "same dtype"),
+        ((q[None], q, q), ValueError, "before the heads"),
+    ):
+        with pytest.raises(error, match=message):
+            fsd.attention(*arrays)
+    with pytest.raises(TypeError, match="q_offset"):
+        fsd.attention(q, q, q, q_offset=1.5)
+    with pytest.raises(ValueError, match="softcap"):
+        fsd.attention(q, q, q, softcap=-1)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+CASES = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "all": {
+        "is_causal": True, "q_offset": 31, "window": (60, 3), "softcap": 5.0, "scale": 0.4,
+        "sinks": [0.5, -1, 2, 0], "alibi_slopes": [0.1, 0.2, 0, -0.05],
+    },
+}  # fmt: skip
+
+
+@every_dtype
+@pytest.mark.parametrize("name", CASES)
+def test_attention(isa, dtype, name, record_max):
+    size = Size((3,), 4, 2, 90, 121, 9, 5)
+    arrays, options = size.qkv(dtype), CASES[name]
+    case = Attention(*arrays, **options)
+    rows = fs.attention(*arrays, **options)
+    for chunks in ((2, 1, 30, 4), (3, 4, 90, 9)):
+        y = fsd.attention(*(da.from_array(a, chunks=chunks) for a in arrays), **options)
+        assert y.chunks[:1] + y.chunks[2:3] == ((chunks[0], 3 - chunks[0])[: 1 + (chunks[0] < 3)],
+                                                (chunks[2],) * (90 // chunks[2]))  # fmt: skip
+        assert y.shape == rows.shape and y.dtype == dtype
+        got = y.compute()
+        assert got.dtype == dtype
+        # three levels of merging, as the docstring has it
+        v = np.abs(arrays[2].astype(F64)).max()
+        lse = np.abs(np.where(np.isfinite(case.true[1]), case.true[1], 0)).max()
+        unit = 2.0**-51 if dtype == F64 else 2.0**-22
+        slack = {"out": 3 * unit * max(1, lse) * v}
+        case.check(record_max, "dask attention", chunks, results=(got, None, None), slack=slack)
+    one = [
+        da.from_array(a, chunks=(1, -1, n, -1)) for a, n in zip(arrays, (31, -1, -1), strict=True)
+    ]
+    assert_same_bits(fsd.attention(*one, **options).compute(), rows)
+
+
+# --- schedulers -----------------------------------------------------------------------------------
+
+
+def our_threads(x):
+    return np.full(x.shape, fs.get_num_threads())
+
+
+def test_threads_of_tasks(threads, monkeypatch):
+    """One in each task, unless the configuration says otherwise."""
+    threads(6)
+    seen = []
+    right = fsd._core.softmax
+
+    def spy(*arguments, **options):
+        seen.append(fs.get_num_threads())
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(fsd._core, "softmax", spy)
+    _, d = chunked((8, 40), (2, 10), F32)
+    for wanted in (1, 3):
+        with dask.config.set({"fastsoftmax.num-threads": wanted}):
+            y, z = fsd.softmax(d), fsd.softmax(d, 0)
+        seen.clear()
+        dask.compute(y, z, scheduler="threads")
+        assert len(seen) > 8 and set(seen) == {wanted}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    distributed = pytest.importorskip("distributed")
+    import warnings
+
+    limit = 400 << 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of distributed, about its own affairs
+        with (
+            distributed.LocalCluster(
+                n_workers=2, threads_per_worker=1, memory_limit=limit, dashboard_address=None
+            ) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            yield client, 2 * limit
+
+
+@pytest.mark.full  # half a minute
+@pytest.mark.filterwarnings("ignore")
+def test_larger_than_the_memory_of_the_workers(cluster):
+    client, memory = cluster
+    with dask.config.set(scheduler=client):
+        x = da.random.default_rng(1).standard_normal((36, 3_000_000), chunks=(1, 500_000))
+        assert x.nbytes > memory
+        y = fsd.softmax(x, axis=1)
+        sums, top = client.compute([y.sum(axis=1), y.max(axis=1)], sync=True)
+        np.testing.assert_allclose(sums, 1, 1e-12)
+        assert ((top > 1e-6) & (top < 1e-4)).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_workers_stay_within_their_cpus(cluster):
+    """Each of the workers' threads uses one of ours, whatever the worker's environment says."""
+    client, _ = cluster
+    client.run(fs.set_num_threads, 5)
+    with dask.config.set(scheduler=client):
+        x = da.zeros((4, 8), chunks=(1, 8))
+        y = x.map_blocks(
+            fsd._call, lambda x, axes: our_threads(x), (1,), fsd._threads(), {}, dtype=int
+        )
+        assert (y.compute() == 1).all()
+        q = da.random.default_rng(2).standard_normal((2, 300, 16), chunks=(2, 70, 16))
+        y = fsd.attention(q, q, q, is_causal=True)
+        want = fs.attention(*[q.compute()] * 3, is_causal=True)
+        np.testing.assert_allclose(y.compute(), want, 1e-10, 1e-12)
