@@ -24,6 +24,7 @@ GNU = {
     "-fvisibility=hidden",
     "openmp": "-fopenmp",
     "link openmp": "-fopenmp",
+    "scalar": "-O2",  # portable C is the last resort: a third smaller, in a wheel of three ISAs
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
