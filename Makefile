@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
+STUBS = fastsoftmax._core fastsoftmax.compat.scipy fastsoftmax.compat.torch
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 
-.PHONY: help build test full lint format sanitize valgrind clean
+.PHONY: help build test full lint format docs plots wheel sanitize valgrind clean
 .DEFAULT_GOAL = help
 
 help:  ## list the targets
@@ -19,16 +20,30 @@ test:  ## run the tests (after make build)
 full:  ## run the tests that take longer (after make build)
 	$(PYTHON) -m pytest -m full
 
-lint:  ## check style, change nothing
+lint:  ## check style and types, change nothing (needs the package and ".[lint]")
 	ruff check .
 	ruff format --check .
 	cython-lint fastsoftmax
+	mypy
+	$(PYTHON) -m mypy.stubtest --allowlist tests/typing/cython.txt $(STUBS)
 	$(CLANG_FORMAT) --dry-run --Werror $(C_FILES)
 
 format:  ## format the sources in place
 	ruff check --fix --exit-zero .
 	ruff format .
 	$(CLANG_FORMAT) -i $(C_FILES)
+
+docs:  ## build the site in build/docs; warnings are errors (needs ".[docs]")
+	$(PYTHON) -m sphinx -q -W --keep-going -b html docs build/docs
+
+plots:  ## measure, and draw the pictures of the site anew (needs ".[bench]" and torch)
+	$(PYTHON) -m fastsoftmax bench accuracy --plot docs/images/accuracy.svg
+	$(PYTHON) -m fastsoftmax bench softmax --plot docs/images/softmax.svg
+	$(PYTHON) -m fastsoftmax bench attention --plot docs/images/attention.svg
+
+wheel:  ## build a wheel with libgomp inside, in wheelhouse (needs ".[wheel]", Linux)
+	$(PYTHON) -m build --outdir dist
+	auditwheel repair --strip --zip-compression-level 9 --wheel-dir wheelhouse dist/*.whl
 
 # The C library without Python: the drivers in tests/c under the sanitizers, and, with fewer tests,
 # valgrind, which watches the ends of arrays itself and has no AVX-512.
@@ -62,4 +77,4 @@ valgrind: $(DRIVERS:%=build/valgrind/%)  ## run part of them under valgrind
 	set -e; for driver in $^; do $(VALGRIND) $$driver $(filter-out avx512,$(ISAS)); done
 
 clean:  ## remove what was built here
-	rm -rf build dist *.egg-info fastsoftmax/*.so fastsoftmax/*.pyd
+	rm -rf build dist wheelhouse *.egg-info fastsoftmax/*.so fastsoftmax/*.pyd
