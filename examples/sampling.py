@@ -40,7 +40,7 @@ def draw(p, rng):
     """Draw a token from each row of probabilities, by the inverse of their running sum."""
     total = np.cumsum(p, axis=-1, dtype=np.float64)
     last = total[..., -1:]
-    u = np.minimum(rng.random(last.shape) * last, np.nextafter(last, 0))  # < last, also if rounded
+    u = rng.random(last.shape) * last  # < last, for all that a double below 1 leaves of it
     return np.argmax(total > u, axis=-1)
 
 
