@@ -2,10 +2,12 @@
 
 PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
+STUBS = fastsoftmax._core fastsoftmax.compat.scipy fastsoftmax.compat.torch
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 EXAMPLES = $(wildcard examples/*/*/*.c)
 
-.PHONY: help build test full fuzz mutate coverage lint format sanitize valgrind emulate cross clean
+.PHONY: help build test full fuzz mutate coverage lint format docs plots wheel sanitize valgrind \
+	emulate cross clean
 .DEFAULT_GOAL = help
 SHELL = /bin/bash
 .SHELLFLAGS = -e -o pipefail -c
@@ -31,16 +33,30 @@ mutate:  ## 150 small errors in the C sources, of which the tests should notice 
 coverage:  ## lines and branches that run in the tests; needs pip install ".[test,coverage]"
 	PYTHON=$(PYTHON) bash tests/coverage.sh
 
-lint:  ## check style, change nothing
+lint:  ## check style and types, change nothing (needs the package and ".[lint]")
 	ruff check .
 	ruff format --check .
 	cython-lint fastsoftmax examples
+	mypy
+	$(PYTHON) -m mypy.stubtest --allowlist tests/typing/cython.txt $(STUBS)
 	$(CLANG_FORMAT) --dry-run --Werror $(C_FILES) $(EXAMPLES)
 
 format:  ## format the sources in place
 	ruff check --fix --exit-zero .
 	ruff format .
 	$(CLANG_FORMAT) -i $(C_FILES) $(EXAMPLES)
+
+docs:  ## build the site in build/docs; warnings are errors (needs ".[docs]")
+	$(PYTHON) -m sphinx -q -W --keep-going -b html docs build/docs
+
+plots:  ## measure, and draw the pictures of the site anew (needs ".[bench]" and torch)
+	$(PYTHON) -m fastsoftmax bench accuracy --plot docs/images/accuracy.svg
+	$(PYTHON) -m fastsoftmax bench softmax --plot docs/images/softmax.svg
+	$(PYTHON) -m fastsoftmax bench attention --plot docs/images/attention.svg
+
+wheel:  ## build a wheel with libgomp inside, in wheelhouse (needs ".[wheel]", Linux)
+	$(PYTHON) -m build --outdir dist
+	auditwheel repair --strip --zip-compression-level 9 --wheel-dir wheelhouse dist/*.whl
 
 # The C library without Python: the drivers in tests/c, built once for each of the targets below.
 # ISAS_x, FLAGS_x, CC_x, RUN_x are what target x builds, with which flags, and how it is run.
@@ -116,4 +132,4 @@ cross: build/plain/driver $(DRIVERS:%=build/cross/%)  ## run part of them for NE
 	build/plain/driver | tail -n 1 | diff - <(tail -n 1 build/cross/log)
 
 clean:  ## remove what was built here
-	rm -rf build dist *.egg-info fastsoftmax/*.so fastsoftmax/*.pyd
+	rm -rf build dist wheelhouse *.egg-info fastsoftmax/*.so fastsoftmax/*.pyd

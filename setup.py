@@ -26,6 +26,7 @@ GNU = {
     "-fvisibility=hidden",
     "openmp": "-fopenmp",
     "link openmp": "-fopenmp",
+    "scalar": "-O2",  # portable C is the last resort: a third smaller, in a wheel of three ISAs
     "coverage": "-O0 --coverage -fprofile-update=atomic -DCYTHON_TRACE=1",
     "link coverage": "--coverage",
     "avx2": "-mavx2 -mfma -mf16c",

@@ -533,7 +533,7 @@ def log_softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype
 
     Notes
     -----
-    Largest error: 2 ulp of max(1, max|z|, |result|); for the dominating entry of a float32 row,
+    Largest error: 2 ulp of ``max(1, max|z|, |result|)``; for the dominating entry of a float32 row,
     where the result is close to 0, 4 ulp of the result itself plus n * 2**-45.
 
     Examples
@@ -614,7 +614,7 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
 
     Notes
     -----
-    Largest error without b: 2 ulp of max(1, max|x|, |result|).
+    Largest error without b: 2 ulp of ``max(1, max|x|, |result|)``.
 
     Examples
     --------

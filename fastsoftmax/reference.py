@@ -270,7 +270,7 @@ def merge_attention(out_a, lse_a, out_b, lse_b, /, *, precise=np.float64):
 def attention_bound(q, k, v, /, *, return_lse=False, return_weights=False, **options):
     """How far `attention` may be off in the compute type: for each element of what it returns.
 
-    For out that is
+    For out that is ::
 
         u * (2 * D * |scale| * max(sum(|q * k|)) + c + 2 * max(|other terms|)) * sum(weights * |v|)
 

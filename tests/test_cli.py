@@ -213,7 +213,7 @@ def test_exponents():
     assert np.isnan(report.exponent([1, 2], [3, "-"]))
 
 
-@pytest.mark.parametrize("suite", ["softmax", "scaling"])
+@pytest.mark.parametrize("suite", ["softmax", "scaling", "accuracy"])
 def test_bench_draws(tmp_path, tiny_suites, suite):
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"
@@ -221,9 +221,13 @@ def test_bench_draws(tmp_path, tiny_suites, suite):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_does_not_draw_errors(tmp_path):
-    with pytest.raises(SystemExit, match="no plot of accuracy"):
-        cli.main(["bench", "accuracy", "--plot", str(tmp_path / "plot.png")])
+def test_drawings_are_the_same_each_time(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = {"dtype": "float32", "distribution": "scale 1", "ulp": {"fastsoftmax": 1, "jax": "-"}}
+    paths = [tmp_path / name for name in ("a.svg", "b.svg")]
+    for path in paths:
+        report.plot_accuracy([result], "title", path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.full

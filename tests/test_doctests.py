@@ -1,4 +1,4 @@
-"""The examples that users read are run: docstrings, those of compat and the oracle, the README."""
+"""The examples that users read are run: docstrings, those of compat and the oracle, the pages."""
 
 import doctest
 import inspect
@@ -14,7 +14,9 @@ from fastsoftmax import compat, reference, ufuncs
 from fastsoftmax.compat import scipy, torch
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if page.exists()]  # none beside an installed copy
 
 
 @pytest.fixture(autouse=True)
@@ -102,11 +104,16 @@ def test_reference():
         assert not failed, "".join(output)
 
 
-@pytest.mark.skipif(not README.exists(), reason="an installed copy without README.md")
-def test_readme():
-    """The blocks of README.md that hold a Python session, in order, in one namespace."""
-    blocks = re.findall(r"^```(?:python|pycon)\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
-    session = "\n".join(block for block in blocks if ">>>" in block)
-    if not session:
-        pytest.skip("README.md holds no Python session")
-    assert run(session, "README.md", str(README))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page(page):
+    """The Python sessions of a page, in order, in one namespace; there is no other Python."""
+    blocks = re.findall(r"^```(\S*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    sessions = [text for kind, text in blocks if kind == "pycon"]
+    assert not [text for kind, text in blocks if kind in ("python", "py")], "it would not be run"
+    assert all(">>>" in text for text in sessions)
+    run("\n".join(sessions), page.name, str(page))
+
+
+def test_readme_has_a_session():
+    if PAGES:
+        assert ">>>" in PAGES[0].read_text("utf-8")

@@ -128,7 +128,7 @@ COMMANDS = {  # what measures a suite, and what draws it
     **dict.fromkeys(SUITES, (compare_speed, report.plot_speed)),
     "threads": (compare_threads, report.plot_growth),
     "scaling": (compare_sizes, report.plot_growth),
-    "accuracy": (compare_accuracy, None),
+    "accuracy": (compare_accuracy, report.plot_accuracy),
 }
 
 
@@ -142,14 +142,12 @@ def add_arguments(parser):
     add("--rounds", type=int, default=3, help="turns that each takes; default: %(default)s")
     add("--seconds", type=float, default=0.2, help="length of a turn; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="save the numbers, too")
-    add("--plot", type=Path, metavar="FILE.png", help="draw them; all but accuracy")
+    add("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
 
 
 def run(args):
     """Carry out the command; the exit status."""
     measure_suite, plot = COMMANDS[args.suite]
-    if args.plot and not plot:
-        raise SystemExit(f"fastsoftmax bench: there is no plot of {args.suite}")
     if args.plot:
         report.figure(1, 1)  # say now, not after minutes, that matplotlib is missing
     if args.peers is None:

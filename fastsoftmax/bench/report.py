@@ -139,6 +139,15 @@ def figure(width, height, rows=1, columns=1):
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
+def save(fig, path):
+    """Write the figure; an SVG of the same numbers has the same bytes, and text that is text."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "fastsoftmax", "svg.fonttype": "none"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        fig.savefig(path, dpi=150, metadata=metadata)
+
+
 def plot_speed(results, title, path):
     """Draw a row for each case: how many times as long as fastsoftmax the others take."""
     fig, axes = figure(9, 1.6 + 0.26 * len(results))
@@ -166,7 +175,7 @@ def plot_speed(results, title, path):
     ax.set_axisbelow(True)
     ax.set_title(title, fontsize="medium")
     fig.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
-    fig.savefig(path, dpi=150)
+    save(fig, path)
 
 
 def plot_growth(results, title, path):
@@ -188,4 +197,30 @@ def plot_growth(results, title, path):
         ax.grid(color="0.9")
     fig.suptitle(title, fontsize="medium")
     fig.legend(lines.values(), lines, loc="outside lower center", ncols=5, frameon=False)
-    fig.savefig(path, dpi=150)
+    save(fig, path)
+
+
+def plot_accuracy(results, title, path):
+    """Draw a row for each distribution: the largest errors in ulp, a panel for each dtype."""
+    dtypes = list(dict.fromkeys(result["dtype"] for result in results))
+    fig, axes = figure(4.5 * len(dtypes) + 1, 5, 1, len(dtypes))
+    lines = {}
+    for ax, dtype in zip(axes[0], dtypes, strict=True):
+        panel = [result for result in results if result["dtype"] == dtype]
+        names = list(panel[0]["ulp"])
+        for j, name in enumerate(names):
+            rows = np.arange(len(panel)) + 0.6 * ((j + 0.5) / len(names) - 0.5)  # equal, yet seen
+            errors = [r["ulp"][name] for r in panel]
+            errors = [math.nan if isinstance(e, str) else e for e in errors]
+            style = {"color": COLOURS[name], "linestyle": "", "marker": "o", "markersize": 4}
+            lines[name] = ax.plot(errors, rows, **style)[0]
+        ax.axvline(2, color=COLOURS[US], linewidth=1, linestyle=":")
+        ax.set_yticks(range(len(panel)), [r["distribution"] for r in panel])
+        ax.set(xscale="log", xlabel="largest error in ulp", title=dtype)
+        ax.set_ylim(len(panel) - 0.5, -0.5)
+        ax.grid(color="0.9")
+        ax.set_axisbelow(True)
+    fig.suptitle(title, fontsize="medium")
+    legend = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": "small"}
+    fig.legend(lines.values(), lines, **legend)
+    save(fig, path)
