@@ -149,7 +149,7 @@ FSM_INLINE void backward_map(int log, const fsm_state *st, const fsm_tile *t) {
             if (log) {
                 /* y > 0 is no log-probability; min(y, 1) keeps exp in its range. y - y is NaN for a
                  * NaN, which exp_vec reads as the clamp. */
-                vec p = exp_vec(v_sub(v_set1(0), v_max(v_sub(v_set1(0), b), v_set1(-1))), r0, 0);
+                vec p = exp_vec(v_sub(v_set1(0), v_max(v_sub(v_set1(0), b), v_set1(-1))), r0, 0, 0);
                 d = v_add(v_fnma(p, lo, v_fnma(p, hi, a)), v_sub(b, b));
                 d = v_unless(b, v_set1(-INFINITY), v_canon(v_mul(d, r)));
             } else {

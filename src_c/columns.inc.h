@@ -11,9 +11,10 @@
 
 FSM_INLINE void columns_in(fsm_state *st, real *tile, fsm_dtype dtype, const fsm_columns *c) {
     const ptrdiff_t size = float_size(dtype);
-    vec m[FSM_LANES / VL], s[FSM_LANES / VL];
+    vec m[FSM_LANES / VL], low[FSM_LANES / VL], s[FSM_LANES / VL];
     for (int g = 0; g < st->lanes; g += VL) {
         m[g / VL] = v_set1(-INFINITY);
+        low[g / VL] = v_set1(INFINITY);
         s[g / VL] = v_set1(0);
     }
     for (ptrdiff_t i = 0; i < c->n; i++) {
@@ -28,11 +29,13 @@ FSM_INLINE void columns_in(fsm_state *st, real *tile, fsm_dtype dtype, const fsm
                                   : v_set1(0);
             v_store(tile + i * st->lanes + g, a);
             m[g / VL] = v_max(a, m[g / VL]);
+            low[g / VL] = v_min(a, low[g / VL]);
             s[g / VL] = v_add_m(a, s[g / VL]);
         }
     }
     for (int g = 0; g < st->lanes; g += VL) {
         v_store(LANE(st->max) + g, v_add(m[g / VL], v_set1(0)));
+        v_store(LANE(st->min) + g, low[g / VL]);
         lane_suspects(LANE(st->max) + g, st->lanes, tile + g, c->n, s[g / VL]);
     }
 }
@@ -46,7 +49,7 @@ FSM_INLINE void columns_out(const fsm_state *st, const real *tile, int log, fsm_
             store_as(dtype, c->out + i * c->out_step, g, c->rows - g < VL ? c->rows - g : VL, y);
         }
     for (int l = 0; l < c->rows && st->special; l++)
-        for (ptrdiff_t i = 0; i < c->n && LANE(st->max)[l] - LANE(st->max)[l] != 0; i++)
+        for (ptrdiff_t i = 0; i < c->n && is_special(st, l); i++)
             store_as(dtype, c->out + i * c->out_step, l, 1, v_set1(NAN));
 }
 

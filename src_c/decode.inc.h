@@ -412,7 +412,7 @@ static void merge_one(const fsm_matrix operand[FSM_MERGE_COUNT], const fsm_dtype
     const int wins = lse[1] > lse[0]; /* which is the larger */
     const real high = lse[wins], low = lse[!wins];
     const vec difference = v_set1(low == -INFINITY ? low : low - high);
-    v_store(e, exp_vec(difference, exp_broadcast(exp_reference(0, EXP_RANGE)), 0));
+    v_store(e, exp_vec(difference, exp_broadcast(exp_reference(0, EXP_RANGE)), 0, 0));
     factor[wins] = (real)(1 / (1 + (double)e[0]));
     factor[!wins] = (real)(e[0] / (1 + (double)e[0]));
     real result = (real)((double)high + log1p_ratio(e[0]));

@@ -58,6 +58,7 @@
 #define ULP2 FSM_NAME(ULP2)
 #define EXP_BIG FSM_NAME(EXP_BIG)
 #define EXP_RANGE FSM_NAME(EXP_RANGE)
+#define EXP_NORMAL FSM_NAME(EXP_NORMAL)
 #define WEIGHTED_RANGE FSM_NAME(WEIGHTED_RANGE)
 #define EXACT_COARSE FSM_NAME(EXACT_COARSE)
 
@@ -104,14 +105,15 @@ FSM_INLINE exp_vref exp_broadcast(exp_ref r) {
 
 /* exp in two halves, x -> (s, low, r, n) -> e. A loop that begins one vector while it ends the one
  * before has chains half as long, which a processor overlaps better (softmax.inc.h). NaN is read as
- * the clamp: rows that have one are finished elsewhere. shift == 0 saves the subtraction of c where
- * it is known to be 0. */
+ * the clamp: rows that have one are finished elsewhere. What is known of a row saves operations:
+ * shift == 0 that c is 0, normal == 1 that x is within EXP_NORMAL of the maximum, so that no e is
+ * subnormal. */
 typedef struct {
     vec s, low, r, n;
 } exp_mid;
 
-FSM_INLINE exp_mid exp_begin(vec x, exp_vref ref, int shift) {
-    const vec d = v_max(shift ? v_sub(x, ref.c) : x, ref.lo);
+FSM_INLINE exp_mid exp_begin(vec x, exp_vref ref, int shift, int normal) {
+    const vec moved = shift ? v_sub(x, ref.c) : x, d = normal ? moved : v_max(moved, ref.lo);
     const vec n = v_rint(v_fms(d, v_set1(LOG2E), ref.ml));
     const vec s = v_fnma(v_add(n, ref.q), v_set1(LN2_HI), d),
               low = v_fnma(n, v_set1(LN2_LO), ref.rest);
@@ -135,8 +137,8 @@ FSM_INLINE vec exp_less_one(exp_mid m) {
     return v_add(m.s, v_fma(r2, q, m.low));
 }
 
-FSM_INLINE vec exp_end(exp_mid m) {
-    const vec scale = v_exp2(m.n);
+FSM_INLINE vec exp_end(exp_mid m, int normal) {
+    const vec scale = normal ? v_exp2_normal(m.n) : v_exp2(m.n);
     return v_fma(exp_less_one(m), scale, scale);
 }
 
@@ -165,7 +167,9 @@ FSM_INLINE vec pow2(vec t) {
     return v_mul(p, v_exp2(n));
 }
 
-FSM_INLINE vec exp_vec(vec x, exp_vref ref, int shift) { return exp_end(exp_begin(x, ref, shift)); }
+FSM_INLINE vec exp_vec(vec x, exp_vref ref, int shift, int normal) {
+    return exp_end(exp_begin(x, ref, shift, normal), normal);
+}
 
 /* ---- the exact sum ---- */
 

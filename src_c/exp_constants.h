@@ -24,6 +24,7 @@ static const float f32_GRID_MAGIC =
 static const float f32_ULP2 = 0x1p-22f;    /* ulp(2) */
 static const float f32_EXP_BIG = 1024.0f;  /* above it x - m is exact where it matters */
 static const float f32_EXP_RANGE = 104.0f; /* exp(-104) < 2^-150: 0 */
+static const float f32_EXP_NORMAL = 87.0f; /* exp(-87) > 2^-126, and so is 2^n */
 static const float f32_POW_LEAST = -160.0f;      /* 2^-160 < 2^-150: 0 */
 static const float f32_LEAST = -0x1.fffffep127f; /* only -inf is less */
 static const float f32_WEIGHTED_RANGE = 300.0f;  /* weights span 2^277 = exp(192): 104 + 192 */
@@ -60,6 +61,7 @@ static const double f64_GRID_MAGIC = 0x1.8p46;
 static const double f64_ULP2 = 0x1p-51;
 static const double f64_EXP_BIG = 8192.0;
 static const double f64_EXP_RANGE = 746.0;   /* exp(-746) < 2^-1075 */
+static const double f64_EXP_NORMAL = 708.0;  /* exp(-708) > 2^-1022, and so is 2^n */
 static const double f64_POW_LEAST = -1100.0; /* 2^-1100 < 2^-1075 */
 static const double f64_LEAST = -0x1.fffffffffffffp1023;
 static const double f64_WEIGHTED_RANGE = 2200.0;       /* weights span 2^2098 = exp(1454) */

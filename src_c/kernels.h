@@ -20,8 +20,9 @@
 enum {
     FSM_LANES = 64,        /* rows side by side at the most */
     FSM_LANE_QUANTUM = 16, /* the widest vector of any ISA, in float32 */
-    FSM_BLOCK = 1024,   /* elements of a block of longer rows, which stays in the nearest cache */
-    FSM_SHORT_ROW = 32, /* rows up to this long are transposed, so that lanes are rows */
+    FSM_BLOCK = 1024,     /* elements of a block of longer rows, which stays in the nearest cache */
+    FSM_SHORT_ROW = 32,   /* rows up to this long are transposed, so that lanes are rows */
+    FSM_MIDDLE_ROW = 128, /* and up to this long their reductions are; FOLD_EVERY at the most */
     FSM_COLUMNS_AHEAD = 12, /* elements of a column between asking for one and reading it */
     FSM_ALIGN = 64
 };
@@ -40,6 +41,7 @@ typedef struct {
     int lanes;
     ptrdiff_t n;         /* length of the whole row: it decides how fine the sum is (exp.inc.h) */
     fsm_lanes max;       /* NaN: the row has a NaN */
+    fsm_lanes min;       /* softmax, log_softmax, logsumexp: the smallest logit */
     fsm_lanes exponent;  /* weighted: the largest exponent of a term */
     fsm_lanes nonfinite; /* weighted, backward: the sum of the terms that are not finite, or 0 */
     fsm_lanes exp[5];    /* constants of exp (exp.inc.h); backward: of the scaling of the terms */
@@ -48,6 +50,7 @@ typedef struct {
     fsm_lanes label; /* cross entropy: the logit at the label; in the end, backward: its gradient */
     fsm_lanes grad;  /* cross entropy, backward: of the row's loss */
     int want_sign;   /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
+    int normal;      /* as min: no exp is subnormal, and |max| is moderate (exp.inc.h) */
     int special; /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
 } fsm_state;
 

@@ -26,7 +26,7 @@ static void finish_cross_entropy_backward(fsm_state *st) {
         const double g = (double)LANE(st->grad)[l];
         const pair s = sum_value(&st->sum, l);
         real e[VL];
-        v_store(e, exp_vec(v_set1(x), exp_broadcast(row_ref(st, l)), 1));
+        v_store(e, exp_vec(v_set1(x), exp_broadcast(row_ref(st, l)), 1, 0));
         const double rest = sum_less_one(&st->sum, l);
         const real dx = (real)(-g * (x == m ? rest / s.hi : 1 - (double)e[0] / s.hi));
         LANE(st->label)[l] = dx == dx ? dx : (real)NAN;

@@ -2,10 +2,16 @@
  * nearest cache. */
 
 #define rows_pass FSM_NAME(rows_pass)
-#define map_and_max FSM_NAME(map_and_max)
+#define map_and_span FSM_NAME(map_and_span)
+#define is_special FSM_NAME(is_special)
+#define rows_middle FSM_NAME(rows_middle)
+#define middle_spans FSM_NAME(middle_spans)
+#define middle_sums FSM_NAME(middle_sums)
+#define middle_fold FSM_NAME(middle_fold)
 #define rows_long FSM_NAME(rows_long)
-#define rows_long_to FSM_NAME(rows_long_to)
-#define rows_long_any FSM_NAME(rows_long_any)
+#define rows_from_to FSM_NAME(rows_from_to)
+#define rows_to FSM_NAME(rows_to)
+#define rows_any FSM_NAME(rows_any)
 #define rows_short FSM_NAME(rows_short)
 #define rows_all FSM_NAME(rows_all)
 #define transpose_in FSM_NAME(transpose_in)
@@ -27,10 +33,11 @@ static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
         store_as(dtype, out, i, n - i < VL ? n - i : VL, v_set1(value));
 }
 
-/* The map of a row, from x or e, bound by its stores, and the max of another, bound by its loads, in
- * one loop: they run at once. */
-FSM_INLINE real map_and_max(int log, fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x,
-                            fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
+/* The map of a row, from x or e, bound by its stores, and the extrema of another, bound by its loads,
+ * in one loop: they run at once. */
+FSM_INLINE span map_and_span(int log, fsm_dtype out_dtype, void *out, fsm_dtype dtype,
+                             const void *x, fsm_dtype next_dtype, const void *next, ptrdiff_t n,
+                             map_ref map) {
     const map_vref mr = {v_set1(map.a), v_set1(map.b)};
     running_max m = max_begin();
     ptrdiff_t i = 0;
@@ -42,65 +49,148 @@ FSM_INLINE real map_and_max(int log, fsm_dtype out_dtype, void *out, fsm_dtype d
         }
     for (; i < n; i += VL) {
         const ptrdiff_t k = n - i < VL ? n - i : VL;
-        max_add(&m, 0, load_as(next_dtype, next, i, k, v_set1(-INFINITY)));
+        if (k == VL) max_add(&m, 0, load_as(next_dtype, next, i, VL, v_set1(0)));
+        else max_tail(&m, next_dtype, next, i, n);
         store_as(out_dtype, out, i, k, map_vec(log, load_as(dtype, x, i, k, v_set1(0)), mr));
     }
     return max_end(&m, next_dtype, next, n);
 }
 
-/* Long rows, a block of them at a time: within a pass the rows do not wait for each other's
- * reductions, the constants of the block are computed as vectors, and while the results of one block
- * are stored the next one comes from memory. Returns how many rows have no finite maximum; softmax
- * and log_softmax have filled them with NaN. */
+FSM_INLINE int is_special(const fsm_state *st, int l) {
+    return LANE(st->max)[l] - LANE(st->max)[l] != 0;
+}
+
+/* Long rows, one at a time: while the results of one are stored the next one comes from memory.
+ * Returns how many rows have no finite maximum; softmax and log_softmax have filled them with NaN. */
 FSM_INLINE ptrdiff_t rows_long(fsm_op op, fsm_dtype out_dtype, fsm_dtype x_dtype,
                                const fsm_rows *w) {
-    const ptrdiff_t fitting = FSM_BLOCK / w->n;
-    const int block = fitting > FSM_LANES ? FSM_LANES : fitting > 1 ? (int)fitting : 1;
-    const int fine = w->n > EXACT_COARSE, log = op == FSM_LOG_SOFTMAX;
-    const int in_out = out_dtype == REAL_DTYPE; /* exp goes to out, else to scratch, or nowhere */
+    const int log = op == FSM_LOG_SOFTMAX;
+    const ptrdiff_t n = w->n;
     ptrdiff_t special = 0;
     fsm_state st;
-    real next_max[FSM_LANES];
-    for (int l = 0; l < block && l < w->rows; l++)
-        next_max[l] = row_max(x_dtype, w->x + l * w->x_stride, w->n);
-    for (ptrdiff_t r = 0; r < w->rows; r += block) {
-        const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
-        begin_state(&st, rows, w->n);
-        memcpy(LANE(st.max), next_max, (size_t)rows * sizeof(real));
+    span next_span = row_span(x_dtype, w->x, n);
+    for (ptrdiff_t r = 0; r < w->rows; r++) {
+        const char *x = w->x + r * w->x_stride, *next = x + w->x_stride;
+        char *out = w->out + r * w->out_stride;
+        real *e = op != FSM_SOFTMAX         ? NULL
+                  : out_dtype == REAL_DTYPE ? (real *)out
+                                            : w->scratch; /* NULL: exp is computed twice */
+        const int more = r + 1 < w->rows;
+        begin_state(&st, 1, n);
+        LANE(st.max)[0] = next_span.max;
+        LANE(st.min)[0] = next_span.min;
         reference_pass(&st);
         special += st.special;
-        real *e[FSM_LANES];
-        for (int l = 0; l < rows; l++) {
-            e[l] = op != FSM_SOFTMAX ? NULL
-                   : in_out          ? (real *)(w->out + (r + l) * w->out_stride)
-                   : w->scratch      ? (real *)w->scratch + l * w->n
-                                     : NULL;
-            row_sum(x_dtype, e[l], w->x + (r + l) * w->x_stride, w->n, row_ref(&st, l), &st.sum, l,
-                    fine);
+        row_sum(x_dtype, e, x, n, row_ref(&st, 0), &st.sum, 0, n > EXACT_COARSE, st.normal,
+                more && x_dtype == REAL_DTYPE ? next : NULL);
+        finish_pass(op, &st);
+        const map_ref map = {LANE(st.value[0])[0], LANE(st.value[1])[0]};
+        if (op == FSM_LOGSUMEXP) store_run(out, 0, out_dtype, LANE(st.value[0]), 1);
+        if (more && log)
+            next_span = map_and_span(1, out_dtype, out, x_dtype, x, x_dtype, next, n, map);
+        else if (more && e)
+            next_span = map_and_span(0, out_dtype, out, REAL_DTYPE, e, x_dtype, next, n, map);
+        else {
+            if (e) row_map(out_dtype, out, REAL_DTYPE, e, n, 0, 0, row_ref(&st, 0), map);
+            else if (op != FSM_LOGSUMEXP)
+                row_map(out_dtype, out, x_dtype, x, n, log, !log, row_ref(&st, 0), map);
+            if (more) next_span = row_span(x_dtype, next, n);
+        }
+        if (op != FSM_LOGSUMEXP && is_special(&st, 0)) fill_row(out_dtype, out, n, NAN);
+    }
+    return special;
+}
+
+/* The maximum of each of `rows` rows, and for all of them the smallest element. The reductions of VL
+ * rows are one transposition. */
+FSM_INLINE void middle_spans(fsm_state *st, fsm_dtype dtype, const char *x, ptrdiff_t stride,
+                             int rows, ptrdiff_t n) {
+    vec most[FSM_LANES], least = v_set1(INFINITY), sum = v_set1(0);
+    for (int l = 0; l < rows; l++) {
+        running_max m = max_begin();
+        ptrdiff_t i = 0;
+        FSM_UNROLL(2)
+        for (; i + VL <= n; i += VL)
+            max_add(&m, (int)(i / VL & 1), load_as(dtype, x + l * stride, i, VL, v_set1(0)));
+        max_tail(&m, dtype, x + l * stride, i, n);
+        most[l] = v_max(m.max[0], m.max[1]);
+        least = v_min(v_min(m.min[0], m.min[1]), least);
+        sum = v_add(v_add(m.sum[0], m.sum[1]), sum);
+    }
+    for (int l = rows; l % VL; l++) most[l] = v_set1(0);
+    const real min = -v_hmax(v_sub(v_set1(0), least));
+    for (int g = 0; g < rows; g += VL) {
+        v_transpose(most + g);
+        vec m = most[g];
+        for (int l = 1; l < VL; l++) m = v_max(m, most[g + l]);
+        v_store(LANE(st->max) + g, v_add(m, v_set1(0)));
+        v_store(LANE(st->min) + g, v_set1(min));
+    }
+    const real total = v_hsum(sum);
+    for (int l = 0; l < rows && total != total; l++)
+        LANE(st->max)[l] = row_span(dtype, x + l * stride, n).max;
+}
+
+/* The sums of the rows whose exp lies at e[l], each in two vectors of counts. */
+FSM_APART void middle_sums(vec *hi, vec *lo, real *const *e, int rows, ptrdiff_t n) {
+    for (int l = 0; l < rows; l++) {
+        const vsum s = run_sum(e[l], n, 0, NULL);
+        hi[l] = v_from_bits(s.part[0]);
+        lo[l] = v_from_bits(s.part[1]);
+    }
+    for (int l = rows; l % VL; l++) hi[l] = lo[l] = v_set1(0);
+}
+
+/* The vsums of VL rows, `adds` additions to each, into the sums of lanes from g on. */
+FSM_INLINE void middle_fold(fsm_exact_sum *sum, int g, vec counts[VL], int part, ptrdiff_t adds) {
+    v_transpose(counts);
+    vsum all = vsum_zero();
+    for (int l = 0; l < VL; l++) all.part[part] = v_add_int(all.part[part], v_bits(counts[l]));
+    bits_t count[VL];
+    v_store_int(count, vsum_int(&all, part, adds * VL, 2));
+    for (int l = 0; l < VL; l++) sum_fold(sum, g + l, part, count[l]);
+}
+
+/* Rows whose reductions would cost as much as they do: as many at a time as make a block, with the
+ * constants of them all computed as vectors. Returns what rows_long does. */
+FSM_INLINE ptrdiff_t rows_middle(fsm_op op, fsm_dtype out_dtype, fsm_dtype x_dtype,
+                                 const fsm_rows *w) {
+    const ptrdiff_t n = w->n, fitting = 2 * FSM_BLOCK / n / VL * VL;
+    const int block = fitting > FSM_LANES ? FSM_LANES : fitting > VL ? (int)fitting : VL;
+    const int log = op == FSM_LOG_SOFTMAX, in_out = op == FSM_SOFTMAX && out_dtype == REAL_DTYPE;
+    ptrdiff_t special = 0;
+    fsm_state st;
+    for (ptrdiff_t r = 0; r < w->rows; r += block) {
+        const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
+        const char *x = w->x + r * w->x_stride;
+        real own[2 * FSM_BLOCK + VL * FSM_MIDDLE_ROW], *e[FSM_LANES];
+        vec hi[FSM_LANES], lo[FSM_LANES];
+        begin_state(&st, (rows + VL - 1) / VL * VL, n);
+        middle_spans(&st, x_dtype, x, w->x_stride, rows, n);
+        reference_pass(&st);
+        special += st.special;
+        for (int l = 0; l < rows; l++)
+            e[l] = in_out ? (real *)(w->out + (r + l) * w->out_stride) : own + l * n;
+        exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st);
+        middle_sums(hi, lo, e, rows, n);
+        for (int g = 0; g < rows; g += VL) {
+            middle_fold(&st.sum, g, hi + g, 0, (n + VL - 1) / VL);
+            middle_fold(&st.sum, g, lo + g, 1, (n + VL - 1) / VL);
         }
         finish_pass(op, &st);
-        if (op == FSM_LOGSUMEXP)
+        if (op == FSM_LOGSUMEXP) {
             store_run(w->out + r * w->out_stride, w->out_stride, out_dtype, LANE(st.value[0]),
                       rows);
+            continue;
+        }
         for (int l = 0; l < rows; l++) {
-            const char *x = w->x + (r + l) * w->x_stride, *next = x + block * w->x_stride;
             char *out = w->out + (r + l) * w->out_stride;
             const map_ref map = {LANE(st.value[0])[l], LANE(st.value[1])[l]};
-            const int more = r + l + block < w->rows;
-            if (more && log)
-                next_max[l] = map_and_max(1, out_dtype, out, x_dtype, x, x_dtype, next, w->n, map);
-            else if (more && e[l])
-                next_max[l] =
-                    map_and_max(0, out_dtype, out, REAL_DTYPE, e[l], x_dtype, next, w->n, map);
-            else {
-                if (e[l])
-                    row_map(out_dtype, out, REAL_DTYPE, e[l], w->n, 0, 0, row_ref(&st, l), map);
-                else if (op != FSM_LOGSUMEXP)
-                    row_map(out_dtype, out, x_dtype, x, w->n, log, !log, row_ref(&st, l), map);
-                if (more) next_max[l] = row_max(x_dtype, next, w->n);
-            }
-            if (op != FSM_LOGSUMEXP && LANE(st.max)[l] - LANE(st.max)[l] != 0)
-                fill_row(out_dtype, out, w->n, NAN);
+            if (log)
+                row_map_as(out_dtype, out, x_dtype, x + l * w->x_stride, n, 1, 0, row_ref(&st, l),
+                           map);
+            else row_map_as(out_dtype, out, REAL_DTYPE, e[l], n, 0, 0, row_ref(&st, l), map);
+            if (is_special(&st, l)) fill_row(out_dtype, out, n, NAN);
         }
     }
     return special;
@@ -165,28 +255,32 @@ FSM_INLINE ptrdiff_t rows_short(fsm_op op, const fsm_rows *w, fsm_dtype x_dtype,
         else map_log_softmax(&st, &t);
         transpose_out(tile, lanes, out, w->out_stride, out_dtype, rows, w->n);
         for (int l = 0; l < rows && st.special; l++)
-            if (LANE(st.max)[l] - LANE(st.max)[l] != 0)
-                fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
+            if (is_special(&st, l)) fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
     }
     return special;
 }
 
-FSM_INLINE ptrdiff_t rows_long_to(fsm_op op, fsm_dtype out_dtype, const fsm_rows *w) {
-#define CALL(DTYPE) return rows_long(op, out_dtype, DTYPE, w)
+FSM_INLINE ptrdiff_t rows_from_to(fsm_op op, fsm_dtype x_dtype, fsm_dtype out_dtype,
+                                  const fsm_rows *w) {
+    if (w->n <= FSM_MIDDLE_ROW && w->rows >= 4) return rows_middle(op, out_dtype, x_dtype, w);
+    return rows_long(op, out_dtype, x_dtype, w);
+}
+
+FSM_INLINE ptrdiff_t rows_to(fsm_op op, fsm_dtype out_dtype, const fsm_rows *w) {
+#define CALL(DTYPE) return rows_from_to(op, DTYPE, out_dtype, w)
     SWITCH_DTYPE(w->x_dtype, CALL);
 #undef CALL
 }
 
-FSM_INLINE ptrdiff_t rows_long_any(fsm_op op, const fsm_rows *w) {
-#define CALL(DTYPE) return rows_long_to(op, DTYPE, w)
+FSM_INLINE ptrdiff_t rows_any(fsm_op op, const fsm_rows *w) {
+#define CALL(DTYPE) return rows_to(op, DTYPE, w)
     SWITCH_DTYPE(w->out_dtype, CALL);
 #undef CALL
 }
 
 static ptrdiff_t rows_all(fsm_op op, const fsm_rows *w) {
     const int is_short = w->n <= FSM_SHORT_ROW && w->rows >= 4;
-#define CALL(OP) \
-    return is_short ? rows_short(OP, w, w->x_dtype, w->out_dtype) : rows_long_any(OP, w)
+#define CALL(OP) return is_short ? rows_short(OP, w, w->x_dtype, w->out_dtype) : rows_any(OP, w)
     if (op == FSM_SOFTMAX) CALL(FSM_SOFTMAX);
     if (op == FSM_LOG_SOFTMAX) CALL(FSM_LOG_SOFTMAX);
     CALL(FSM_LOGSUMEXP);
@@ -227,6 +321,6 @@ static void exp_array(void *out, const void *x, ptrdiff_t n) {
     const exp_vref r = exp_broadcast(exp_reference(0, EXP_RANGE));
     for (ptrdiff_t i = 0; i < n; i += VL) {
         const ptrdiff_t k = n - i < VL ? n - i : VL;
-        store_as(REAL_DTYPE, out, i, k, exp_vec(load_as(REAL_DTYPE, x, i, k, v_set1(0)), r, 0));
+        store_as(REAL_DTYPE, out, i, k, exp_vec(load_as(REAL_DTYPE, x, i, k, v_set1(0)), r, 0, 0));
     }
 }

@@ -62,7 +62,7 @@ static score_rule make_rule(const fsm_attend *a) {
 /* tanh y = -E / (2 + E), E = exp(-2|y|) - 1, which does not cancel: relative error 4 * 2^-24
  * (2^-53). NaN stays NaN. */
 FSM_INLINE vec tanh_vec(vec y, exp_vref at_zero) {
-    const exp_mid mid = exp_begin(v_mul(v_abs(y), v_set1(-2)), at_zero, 0);
+    const exp_mid mid = exp_begin(v_mul(v_abs(y), v_set1(-2)), at_zero, 0, 0);
     const vec power = v_exp2(mid.n);
     const vec e = v_fma(exp_less_one(mid), power, v_sub(power, v_set1(1)));
     const vec t = v_div(e, v_add(v_set1(2), e)); /* of -|y| */

@@ -6,20 +6,28 @@
  * same bits. */
 
 #define max_pass FSM_NAME(max_pass)
-#define lane_max FSM_NAME(lane_max)
+#define lane_span FSM_NAME(lane_span)
 #define lane_suspects FSM_NAME(lane_suspects)
 #define running_max FSM_NAME(running_max)
 #define max_begin FSM_NAME(max_begin)
 #define max_add FSM_NAME(max_add)
+#define max_tail FSM_NAME(max_tail)
 #define max_end FSM_NAME(max_end)
-#define row_max FSM_NAME(row_max)
-#define row_max_as FSM_NAME(row_max_as)
+#define span FSM_NAME(span)
+#define row_span FSM_NAME(row_span)
+#define row_span_as FSM_NAME(row_span_as)
+#define exp_run FSM_NAME(exp_run)
+#define exp_run_as FSM_NAME(exp_run_as)
+#define exp_rows FSM_NAME(exp_rows)
+#define exp_rows_as FSM_NAME(exp_rows_as)
+#define run_sum FSM_NAME(run_sum)
+#define sum_run FSM_NAME(sum_run)
 #define row_sum FSM_NAME(row_sum)
-#define row_sum_as FSM_NAME(row_sum_as)
 #define row_map FSM_NAME(row_map)
 #define row_map_as FSM_NAME(row_map_as)
 #define row_map_to FSM_NAME(row_map_to)
 #define lane_sum FSM_NAME(lane_sum)
+#define lane_sum_as FSM_NAME(lane_sum_as)
 #define lane_map FSM_NAME(lane_map)
 #define map_ref FSM_NAME(map_ref)
 #define map_vref FSM_NAME(map_vref)
@@ -29,6 +37,7 @@
 #define lanes_of FSM_NAME(lanes_of)
 #define row_ref FSM_NAME(row_ref)
 #define set_ref FSM_NAME(set_ref)
+#define exp_references FSM_NAME(exp_references)
 #define reference_pass FSM_NAME(reference_pass)
 #define sum_pass FSM_NAME(sum_pass)
 #define finish_softmax FSM_NAME(finish_softmax)
@@ -41,48 +50,69 @@
 
 /* ---- max ---- */
 
-/* The largest element, NaN if one is NaN. A running sum carries NaN past v_max; where the
- * multipliers are idle, as here, it costs no time. It is a suspicion only (inf - inf is NaN too),
- * so the row is then looked at again. Never -0, so that rows that differ in the sign of a zero
- * maximum agree. */
+/* The largest and the smallest element. Only max is NaN where one is NaN. */
 typedef struct {
-    vec m[4], s[4];
+    real max, min;
+} span;
+
+/* A running sum carries NaN past v_max; done by the multipliers, which are idle here, it
+ * costs no time. It is
+ * a suspicion only (inf - inf is NaN too), so the row is then looked at again. The maximum is never
+ * -0, so that rows that differ in the sign of a zero maximum agree. */
+typedef struct {
+    vec max[2], min[2], sum[4];
 } running_max;
 
 FSM_INLINE running_max max_begin(void) {
-    const vec least = v_set1(-INFINITY), zero = v_set1(0);
-    return (running_max){{least, least, least, least}, {zero, zero, zero, zero}};
+    const vec least = v_set1(-INFINITY), most = v_set1(INFINITY), zero = v_set1(0);
+    return (running_max){{least, least}, {most, most}, {zero, zero, zero, zero}};
 }
 
 FSM_INLINE void max_add(running_max *r, int j, vec a) {
-    r->m[j] = v_max(a, r->m[j]);
-    r->s[j] = v_add_m(a, r->s[j]);
+    r->max[j & 1] = v_max(a, r->max[j & 1]);
+    r->min[j & 1] = v_min(a, r->min[j & 1]);
+    r->sum[j] = v_add_m(a, r->sum[j]);
 }
 
-FSM_INLINE real max_end(const running_max *r, fsm_dtype dtype, const void *x, ptrdiff_t n) {
-    const real total = v_hsum(v_add(v_add(r->s[0], r->s[1]), v_add(r->s[2], r->s[3])));
+/* Elements of a row from i on, fewer than VL: where there are VL in front of the end they are taken,
+ * some of them a second time, which changes no extremum. */
+FSM_INLINE void max_tail(running_max *r, fsm_dtype dtype, const void *x, ptrdiff_t i, ptrdiff_t n) {
+    if (i == n) return;
+    if (n >= VL) max_add(r, 0, load_as(dtype, x, n - VL, VL, v_set1(0)));
+    else {
+        const vec a = load_as(dtype, x, 0, n, v_set1(0)); /* repeats the first one past the end */
+        real first[VL];
+        v_store(first, a);
+        max_add(r, 0, load_as(dtype, x, 0, n, v_set1(first[0])));
+    }
+}
+
+FSM_INLINE span max_end(const running_max *r, fsm_dtype dtype, const void *x, ptrdiff_t n) {
+    const vec zero = v_set1(0), least = v_min(r->min[0], r->min[1]);
+    const real total = v_hsum(v_add(v_add(r->sum[0], r->sum[1]), v_add(r->sum[2], r->sum[3])));
+    span s = {v_hmax(v_max(r->max[0], r->max[1])) + 0, -v_hmax(v_sub(zero, least))};
     if (total != total)
         for (ptrdiff_t i = 0; i < n; i += VL) {
             real lane[VL];
-            v_store(lane, load_as(dtype, x, i, n - i < VL ? n - i : VL, v_set1(0)));
+            v_store(lane, load_as(dtype, x, i, n - i < VL ? n - i : VL, zero));
             for (int l = 0; l < VL; l++)
-                if (lane[l] != lane[l]) return NAN;
+                if (lane[l] != lane[l]) s.max = NAN;
         }
-    return v_hmax(v_max(v_max(r->m[0], r->m[1]), v_max(r->m[2], r->m[3]))) + 0;
+    return s;
 }
 
-FSM_INLINE real row_max_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+FSM_INLINE span row_span_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
     running_max m = max_begin();
     ptrdiff_t i = 0;
     for (; i + 4 * VL <= n; i += 4 * VL)
         for (int j = 0; j < 4; j++) max_add(&m, j, load_as(dtype, x, i + j * VL, VL, v_set1(0)));
-    for (; i < n; i += VL)
-        max_add(&m, 0, load_as(dtype, x, i, n - i < VL ? n - i : VL, v_set1(-INFINITY)));
+    for (; i + VL <= n; i += VL) max_add(&m, 0, load_as(dtype, x, i, VL, v_set1(0)));
+    max_tail(&m, dtype, x, i, n);
     return max_end(&m, dtype, x, n);
 }
 
-static real row_max(fsm_dtype dtype, const void *x, ptrdiff_t n) {
-#define CALL(DTYPE) return row_max_as(DTYPE, x, n)
+static span row_span(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+#define CALL(DTYPE) return row_span_as(DTYPE, x, n)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
@@ -97,69 +127,126 @@ static void lane_suspects(real *max, int lanes, const real *x, ptrdiff_t n, vec 
                 if (x[i * lanes + l] != x[i * lanes + l]) max[l] = NAN;
 }
 
-static void lane_max(real *max, int lanes, const real *x, ptrdiff_t n) {
+static void lane_span(real *max, real *min, int lanes, const real *x, ptrdiff_t n) {
     for (int g = 0; g < lanes; g += VL) {
-        vec m = v_load(max + g), s = v_set1(0);
+        vec m = v_load(max + g), low = v_load(min + g), s = v_set1(0);
         for (ptrdiff_t i = 0; i < n; i++) {
-            vec a = v_load(x + i * lanes + g);
+            const vec a = v_load(x + i * lanes + g);
             m = v_max(a, m);
+            low = v_min(a, low);
             s = v_add_m(a, s);
         }
         v_store(max + g, v_add(m, v_set1(0)));
+        v_store(min + g, low);
         lane_suspects(max + g, lanes, x + g, n, s);
     }
 }
 
-/* ---- sum of exp ---- */
+/* The constants of exp of a lane. */
+FSM_INLINE exp_ref row_ref(const fsm_state *st, int l) {
+    return (exp_ref){LANE(st->exp[0])[l], LANE(st->exp[1])[l], LANE(st->exp[2])[l],
+                     LANE(st->exp[3])[l], LANE(st->exp[4])[l]};
+}
 
-/* e may be NULL; e == x is fine. The sum goes into that lane. */
-FSM_INLINE void row_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
-                           fsm_exact_sum *sum, int lane, int shift, int fine) {
+/* ---- sum of exp ----
+ *
+ * In two loops, exp and sum, over a block in the nearest cache: together they would need more
+ * constants than there are registers, and reading these again for each vector is what such a loop is
+ * then bound by (AVX2: 3.2 ns for 8 elements, apart 2.6). */
+
+/* e = exp of a run; e == x is fine. Where registers abound (REGISTERS) one vector is begun while the
+ * one before is ended, in its shadow. */
+FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+                           int shift, int normal) {
     const exp_vref r = exp_broadcast(ref);
-    for (ptrdiff_t i = 0; i < n;) {
-        const ptrdiff_t left = n - i, end = i + (left < FOLD_EVERY * VL ? left : FOLD_EVERY * VL);
-        vsum s = vsum_zero();
-        ptrdiff_t adds = 0;
-        /* One vector is begun, one ended and one added at a time, in the shadow of each other. */
-        if (end - i >= VL) {
-            exp_mid mid = exp_begin(load_as(dtype, x, i, VL, v_set1(0)), r, shift);
-            vec done = v_set1(0);
-            FSM_UNROLL(4)
-            for (i += VL; i + VL <= end; i += VL, adds++) {
-                const exp_mid next = exp_begin(load_as(dtype, x, i, VL, v_set1(0)), r, shift);
-                vsum_add(&s, done, 2, fine);
-                done = exp_end(mid);
-                if (e) v_store(e + i - VL, done);
-                mid = next;
-            }
-            vsum_add(&s, done, 2, fine);
-            done = exp_end(mid);
-            if (e) v_store(e + i - VL, done);
-            vsum_add(&s, done, 2, fine);
-            adds += 2;
+    ptrdiff_t i = 0;
+    if (REGISTERS >= 32 && n >= VL) {
+        exp_mid mid = exp_begin(load_as(dtype, x, 0, VL, v_set1(0)), r, shift, normal);
+        FSM_UNROLL(4)
+        for (i = VL; i + VL <= n; i += VL) {
+            const exp_mid next = exp_begin(load_as(dtype, x, i, VL, v_set1(0)), r, shift, normal);
+            v_store(e + i - VL, exp_end(mid, normal));
+            mid = next;
         }
-        for (; i < end; i += VL, adds++) {
-            ptrdiff_t k = end - i < VL ? end - i : VL;
-            /* lanes past the end add 0 */
-            vec a = exp_vec(load_as(dtype, x, i, k, v_set1(-INFINITY)), r, shift);
-            if (e) store_as(REAL_DTYPE, e, i, k, a);
-            vsum_add(&s, a, 2, fine);
-        }
-        i = end;
+        v_store(e + i - VL, exp_end(mid, normal));
+    }
+    FSM_UNROLL(2)
+    for (; i + VL <= n; i += VL)
+        v_store(e + i, exp_vec(load_as(dtype, x, i, VL, v_set1(0)), r, shift, normal));
+    if (i < n)
+        store_as(REAL_DTYPE, e, i, n - i,
+                 exp_vec(load_as(dtype, x, i, n - i, v_set1(0)), r, shift, normal));
+}
+
+FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+                       int normal) {
+#define CALL(DTYPE)                                    \
+    if (normal) exp_run_as(DTYPE, e, x, n, ref, 0, 1); \
+    else exp_run_as(DTYPE, e, x, n, ref, 1, 0)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
+/* The same for rows of one state. */
+FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride,
+                            int rows, ptrdiff_t n, const fsm_state *st, int shift, int normal) {
+    for (int l = 0; l < rows; l++)
+        exp_run_as(dtype, e[l], x + l * stride, n, row_ref(st, l), shift, normal);
+}
+
+FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride, int rows,
+                        ptrdiff_t n, const fsm_state *st) {
+#define CALL(DTYPE)                                                      \
+    if (st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1); \
+    else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
+/* The vsum of a run of at most FOLD_EVERY vectors; lanes past the end add 0. As many bytes from
+ * `ask` on, if it is not NULL, are asked for. */
+FSM_INLINE vsum run_sum(const real *e, ptrdiff_t n, int fine, const char *ask) {
+    enum { STEP = 2 * FSM_ALIGN / (int)sizeof(real) };
+    vsum s = vsum_zero();
+    ptrdiff_t i = 0;
+    for (; ask && i + STEP <= n; i += STEP) {
+        FSM_PREFETCH(ask + i * (ptrdiff_t)sizeof(real));
+        FSM_PREFETCH(ask + i * (ptrdiff_t)sizeof(real) + FSM_ALIGN);
+        FSM_UNROLL(8)
+        for (int j = 0; j < STEP; j += VL) vsum_add(&s, v_load(e + i + j), 2, fine);
+    }
+    FSM_UNROLL(4)
+    for (; i + VL <= n; i += VL) vsum_add(&s, v_load(e + i), 2, fine);
+    if (i < n) vsum_add(&s, v_load_n(e + i, n - i, v_set1(0)), 2, fine);
+    return s;
+}
+
+FSM_APART void sum_run(const real *e, ptrdiff_t n, fsm_exact_sum *sum, int lane, int fine,
+                       const char *ask) {
+    for (ptrdiff_t i = 0; i < n; i += FOLD_EVERY * VL) {
+        const ptrdiff_t k = n - i < FOLD_EVERY * VL ? n - i : FOLD_EVERY * VL;
+        const char *from = ask ? ask + i * (ptrdiff_t)sizeof(real) : NULL;
+        const vsum s = FSM_BITS == 32 && fine ? run_sum(e + i, k, 1, NULL)
+                       : ask                  ? run_sum(e + i, k, 0, from)
+                                              : run_sum(e + i, k, 0, NULL);
         for (int j = 0; j < (fine ? 3 : 2); j++)
-            sum_fold(sum, lane, j, v_sum_int(vsum_int(&s, j, adds, 2)));
+            sum_fold(sum, lane, j, v_sum_int(vsum_int(&s, j, (k + VL - 1) / VL, 2)));
     }
 }
 
+/* The sum of exp goes into that lane, exp to e, which may be NULL or x. `ask`, if it is not NULL, is
+ * the next row, asked for (into the second-level cache) while the sum leaves the memory idle. */
 static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
-                    fsm_exact_sum *sum, int lane, int fine) {
-#define CALL(DTYPE)                                                               \
-    if (FSM_BITS == 32 && fine) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 1, 1); \
-    else if (ref.c != 0) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 1, 0);        \
-    else if (e) row_sum_as(DTYPE, e, x, n, ref, sum, lane, 0, 0);                 \
-    else row_sum_as(DTYPE, NULL, x, n, ref, sum, lane, 0, 0)
-    SWITCH_DTYPE(dtype, CALL);
-#undef CALL
+                    fsm_exact_sum *sum, int lane, int fine, int normal, const char *ask) {
+    real block[FSM_BLOCK];
+    const ptrdiff_t size = float_size(dtype);
+    for (ptrdiff_t i = 0; i < n; i += FSM_BLOCK) {
+        const ptrdiff_t k = n - i < FSM_BLOCK ? n - i : FSM_BLOCK;
+        real *to = e ? e + i : block;
+        const char *from = (const char *)x + i * size;
+        exp_run(dtype, to, from, k, ref, normal);
+        sum_run(to, k, sum, lane, fine, ask ? ask + i * size : NULL);
+    }
 }
 
 /* The integer lanes of a vsum into the sums of VL rows. */
@@ -172,33 +259,38 @@ FSM_INLINE void lane_fold(fsm_exact_sum *sum, int g, const vsum *s, ptrdiff_t ad
     }
 }
 
-/* The constants of exp, of one lane or of VL of them. */
-FSM_INLINE exp_ref row_ref(const fsm_state *st, int l) {
-    return (exp_ref){LANE(st->exp[0])[l], LANE(st->exp[1])[l], LANE(st->exp[2])[l],
-                     LANE(st->exp[3])[l], LANE(st->exp[4])[l]};
-}
-
+/* The same of VL lanes. */
 FSM_INLINE exp_vref lanes_of(const fsm_state *st, int g) {
     return (exp_vref){v_load(LANE(st->exp[0]) + g), v_load(LANE(st->exp[1]) + g),
                       v_load(LANE(st->exp[2]) + g), v_load(LANE(st->exp[3]) + g),
                       v_load(LANE(st->exp[4]) + g)};
 }
 
-FSM_INLINE void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine) {
+FSM_INLINE void lane_sum_as(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine, int shift,
+                            int normal) {
     const int lanes = st->lanes;
+    real block[FOLD_EVERY * VL]; /* where exp goes without e */
+    const ptrdiff_t step = e ? lanes : VL;
     for (int g = 0; g < lanes; g += VL) {
         const exp_vref r = lanes_of(st, g);
-        for (ptrdiff_t i = 0; i < n;) {
-            const ptrdiff_t end = i + (n - i < FOLD_EVERY ? n - i : FOLD_EVERY), adds = end - i;
+        for (ptrdiff_t i = 0, k; i < n; i += k) {
+            k = n - i < FOLD_EVERY ? n - i : FOLD_EVERY;
+            const real *from = x + i * lanes + g;
+            real *to = e ? e + i * lanes + g : block;
+            FSM_UNROLL(2)
+            for (ptrdiff_t j = 0; j < k; j++)
+                v_store(to + j * step, exp_vec(v_load(from + j * lanes), r, shift, normal));
             vsum s = vsum_zero();
-            for (; i < end; i++) {
-                vec a = exp_vec(v_load(x + i * lanes + g), r, 1);
-                if (e) v_store(e + i * lanes + g, a);
-                vsum_add(&s, a, 2, fine);
-            }
-            lane_fold(&st->sum, g, &s, adds, 2, fine);
+            FSM_UNROLL(4)
+            for (ptrdiff_t j = 0; j < k; j++) vsum_add(&s, v_load(to + j * step), 2, fine);
+            lane_fold(&st->sum, g, &s, k, 2, fine);
         }
     }
+}
+
+FSM_INLINE void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine) {
+    if (st->normal) lane_sum_as(st, e, x, n, fine, 0, 1);
+    else lane_sum_as(st, e, x, n, fine, 1, 0);
 }
 
 /* ---- map ---- */
@@ -238,12 +330,13 @@ FSM_INLINE void row_map_as(fsm_dtype out_dtype, void *out, fsm_dtype dtype, cons
     for (; i + 4 * VL <= n; i += 4 * VL)
         for (int j = 0; j < 4; j++) {
             vec a = load_as(dtype, x, i + j * VL, VL, v_set1(0));
-            store_as(out_dtype, out, i + j * VL, VL, map_vec(log, exp ? exp_vec(a, r, 1) : a, mr));
+            store_as(out_dtype, out, i + j * VL, VL,
+                     map_vec(log, exp ? exp_vec(a, r, 1, 0) : a, mr));
         }
     for (; i < n; i += VL) {
         const ptrdiff_t k = n - i < VL ? n - i : VL;
         vec a = load_as(dtype, x, i, k, v_set1(0));
-        store_as(out_dtype, out, i, k, map_vec(log, exp ? exp_vec(a, r, 1) : a, mr));
+        store_as(out_dtype, out, i, k, map_vec(log, exp ? exp_vec(a, r, 1, 0) : a, mr));
     }
 }
 
@@ -273,7 +366,7 @@ FSM_INLINE void lane_map(const fsm_state *st, real *out, const real *x, ptrdiff_
         const map_vref mr = {v_load(LANE(st->value[0]) + g), v_load(LANE(st->value[1]) + g)};
         for (ptrdiff_t i = 0; i < n; i++) {
             vec a = v_load(x + i * lanes + g);
-            v_store(out + i * lanes + g, map_vec(log, exp ? exp_vec(a, r, 1) : a, mr));
+            v_store(out + i * lanes + g, map_vec(log, exp ? exp_vec(a, r, 1, 0) : a, mr));
         }
     }
 }
@@ -285,6 +378,7 @@ static void begin_state(fsm_state *st, int lanes, ptrdiff_t n) {
     st->n = n;
     for (int l = 0; l < lanes; l++) {
         LANE(st->max)[l] = -INFINITY;
+        LANE(st->min)[l] = INFINITY;
         LANE(st->exponent)[l] = -INFINITY;
         LANE(st->nonfinite)[l] = 0;
     }
@@ -296,6 +390,7 @@ static void merge_state(fsm_state *into, const fsm_state *from) {
     for (int l = 0; l < into->lanes; l++) {
         real a = LANE(into->max)[l], b = LANE(from->max)[l];
         LANE(into->max)[l] = a != a || b != b ? NAN : a > b ? a : b;
+        if (LANE(from->min)[l] < LANE(into->min)[l]) LANE(into->min)[l] = LANE(from->min)[l];
         if (LANE(from->exponent)[l] > LANE(into->exponent)[l])
             LANE(into->exponent)[l] = LANE(from->exponent)[l];
         LANE(into->nonfinite)[l] += LANE(from->nonfinite)[l];
@@ -305,9 +400,11 @@ static void merge_state(fsm_state *into, const fsm_state *from) {
 
 static void max_pass(fsm_state *st, const fsm_tile *t) {
     if (st->lanes == 1) {
-        real m = row_max(t->x_dtype, t->x, t->n), *max = LANE(st->max);
-        *max = *max != *max || m != m ? NAN : *max > m ? *max : m;
-    } else lane_max(LANE(st->max), st->lanes, t->x, t->n);
+        const span s = row_span(t->x_dtype, t->x, t->n);
+        real *max = LANE(st->max), *min = LANE(st->min);
+        *max = *max != *max || s.max != s.max ? NAN : *max > s.max ? *max : s.max;
+        *min = s.min < *min ? s.min : *min;
+    } else lane_span(LANE(st->max), LANE(st->min), st->lanes, t->x, t->n);
 }
 
 FSM_INLINE void set_ref(fsm_state *st, int lane, exp_ref r) {
@@ -318,27 +415,69 @@ FSM_INLINE void set_ref(fsm_state *st, int lane, exp_ref r) {
     LANE(st->exp[4])[lane] = r.rest;
 }
 
+/* exp_reference of VL maxima. */
+FSM_INLINE exp_vref exp_references(vec m) {
+    const vec c = v_if_less(v_abs(m), v_set1(EXP_BIG), v_set1(0), m), d = v_sub(m, c);
+    const vec ml = v_mul(d, v_set1(LOG2E)), magic = v_set1(GRID_MAGIC);
+    const vec q = v_sub(v_add(ml, magic), magic);
+    return (exp_vref){c, v_sub(d, v_set1(EXP_RANGE)), ml, q, v_fms(q, v_set1(LN2_HI), d)};
+}
+
 /* Lanes without a finite maximum get constants that do no harm; what map writes there is replaced
  * afterwards. */
 static void reference_pass(fsm_state *st) {
-    st->special = 0;
-    for (int l = 0; l < st->lanes; l++) {
-        real m = LANE(st->max)[l];
-        int finite = m - m == 0;
-        set_ref(st, l, exp_reference(finite ? m : 0, EXP_RANGE));
-        st->special += !finite;
+    if (st->lanes == 1) {
+        const real m = LANE(st->max)[0];
+        const exp_ref r = exp_reference(m - m == 0 ? m : 0, EXP_RANGE);
+        set_ref(st, 0, r);
+        st->special = m - m != 0;
+        st->normal = r.c == 0 && m - LANE(st->min)[0] < EXP_NORMAL;
+        return;
     }
+    const vec zero = v_set1(0), one = v_set1(1);
+    vec special = zero, far = zero;
+    for (int l = 0; l < st->lanes; l += VL) {
+        const int k = st->lanes - l < VL ? st->lanes - l : VL;
+        const vec m = load_as(REAL_DTYPE, LANE(st->max), l, k, zero),
+                  min = load_as(REAL_DTYPE, LANE(st->min), l, k, zero);
+        const exp_vref r = exp_references(v_if_less(v_abs(m), v_set1(INFINITY), m, zero));
+        v_store(LANE(st->exp[0]) + l, r.c);
+        v_store(LANE(st->exp[1]) + l, r.lo);
+        v_store(LANE(st->exp[2]) + l, r.ml);
+        v_store(LANE(st->exp[3]) + l, r.q);
+        v_store(LANE(st->exp[4]) + l, r.rest);
+        special = v_add(special, v_if_less(v_abs(m), v_set1(INFINITY), zero, one));
+        far = v_add(far, v_unless(r.c, zero, one));
+        far = v_add(far, v_if_less(v_sub(m, min), v_set1(EXP_NORMAL), zero, one));
+    }
+    st->special = (int)v_hsum(special);
+    st->normal = v_hsum(far) == 0;
 }
 
 static void sum_pass(fsm_state *st, const fsm_tile *t) {
     const int fine = st->n > EXACT_COARSE;
-    if (st->lanes == 1) row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine);
+    if (st->lanes == 1)
+        row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine, st->normal, NULL);
     else if (FSM_BITS == 32 && fine) lane_sum(st, t->e, t->x, t->n, 1);
     else lane_sum(st, t->e, t->x, t->n, 0);
 }
 
 static void finish_softmax(fsm_state *st) {
-    for (int l = 0; l < st->lanes; l++) {
+    int l = 0;
+#if FSM_BITS == 32 /* `normaliser`, lanes at a time; the counts are below 2^51 */
+    for (; st->n < (ptrdiff_t)1 << 28 && l + f64_VL <= st->lanes; l += f64_VL) {
+        const f64_vec hi = f64_load_int(st->sum.parts[0] + l),
+                      lo = f64_load_int(st->sum.parts[2] + l),
+                      least = f64_load_int(st->sum.parts[4] + l);
+        const f64_vec s =
+            f64_fma(hi, f64_set1(0x1p-22),
+                    f64_fma(lo, f64_set1(0x1p-44), f64_mul(least, f64_set1(0x1p-66))));
+        const f64_vec r = f64_div(f64_set1(1), s);
+        f64_store_f32(st->value[0].f32 + l, r);
+        f64_store_f32(st->value[1].f32 + l, f64_sub(r, f64_load_f32(st->value[0].f32 + l)));
+    }
+#endif
+    for (; l < st->lanes; l++) {
         map_ref r = normaliser(&st->sum, l);
         LANE(st->value[0])[l] = r.a;
         LANE(st->value[1])[l] = r.b;

@@ -10,14 +10,19 @@
  *                        Zen): balances a loop full of additions
  *     v_rint(a)          the nearest integer, ties to even; |a| < 2^22 (float64: 2^51)
  *     v_max(a, b)        a > b ? a : b, so b where either is NaN
+ *     v_min(a, b)        a < b ? a : b
  *     v_exp2(n)          2^n, rounded to even below the smallest subnormal; n an integer in
  *                        [-190, 62] (float64: [-1600, 254])
+ *     v_exp2_normal(n)   the same for a normal 2^n
  *     v_unless(a, k, b)  a != k ? b : 0
  *     v_if_less(a, b, c, d)  a < b ? c : d, so d where a or b is NaN
  *     v_canon(a)         a, its NaNs made the canonical one
  *     v_sum_int          the sum of the lanes of an ivec, as signed integers, in 64 bits
+ *     f64_load_int       f64_VL integers of 64 bits, of less than 2^51, as float64
+ *     f64_load_f32, f64_store_f32   f64_VL elements of float32, widened and rounded
  *     v_transpose        VL vectors as a square matrix
  *     ACC_ROWS           times 3 vectors, and 4 more, fit the registers: the tile of a matrix product
+ *     REGISTERS          of vectors that there are
  */
 #ifndef FSM_VEC_H
 #define FSM_VEC_H
@@ -29,8 +34,10 @@
 
 #if defined(_MSC_VER)
 #define FSM_INLINE static __forceinline
+#define FSM_APART static __declspec(noinline)
 #else
 #define FSM_INLINE static inline __attribute__((always_inline))
+#define FSM_APART static __attribute__((noinline)) /* a loop that wants all registers to itself */
 #endif
 
 #if defined(__GNUC__)
@@ -66,9 +73,11 @@
 #define v_fms FSM_NAME(fms)
 #define v_fnma FSM_NAME(fnma)
 #define v_max FSM_NAME(max)
+#define v_min FSM_NAME(min)
 #define v_abs FSM_NAME(abs)
 #define v_rint FSM_NAME(rint)
 #define v_exp2 FSM_NAME(exp2)
+#define v_exp2_normal FSM_NAME(exp2_normal)
 #define v_unless FSM_NAME(unless)
 #define v_if_less FSM_NAME(if_less)
 #define v_canon FSM_NAME(canon)
@@ -76,6 +85,7 @@
 #define v_hsum FSM_NAME(hsum)
 #define v_transpose FSM_NAME(transpose)
 #define v_bits FSM_NAME(bits)
+#define v_from_bits FSM_NAME(from_bits)
 #define v_add_int FSM_NAME(add_int)
 #define v_sub_int FSM_NAME(sub_int)
 #define v_set1_int FSM_NAME(set1_int)

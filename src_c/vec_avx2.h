@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-enum { f32_VL = 8, f64_VL = 4, ACC_ROWS = 4 };
+enum { f32_VL = 8, f64_VL = 4, ACC_ROWS = 4, REGISTERS = 16 };
 typedef __m256 f32_vec;
 typedef __m256i f32_ivec;
 typedef __m256d f64_vec;
@@ -44,10 +44,15 @@ FSM_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmad
 FSM_INLINE f32_vec f32_fms(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fmsub_ps(a, b, c); }
 FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fnmadd_ps(a, b, c); }
 FSM_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm256_max_ps(a, b); }
+FSM_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm256_min_ps(a, b); }
 FSM_INLINE f32_vec f32_abs(f32_vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 FSM_INLINE f32_vec f32_exp2(f32_vec n) { /* see vec_scalar.h */
     __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127 + 64)));
     return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 23)), _mm256_set1_ps(0x1p-64f));
+}
+FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) {
+    const __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(w, 23));
 }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm256_and_ps(_mm256_cmp_ps(a, k, _CMP_NEQ_UQ), b);
@@ -69,6 +74,7 @@ FSM_INLINE float f32_hsum(f32_vec a) {
     return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
 }
 FSM_INLINE f32_ivec f32_bits(f32_vec a) { return _mm256_castps_si256(a); }
+FSM_INLINE f32_vec f32_from_bits(f32_ivec a) { return _mm256_castsi256_ps(a); }
 FSM_INLINE f32_ivec f32_set1_int(int32_t a) { return _mm256_set1_epi32(a); }
 FSM_INLINE f32_ivec f32_add_int(f32_ivec a, f32_ivec b) { return _mm256_add_epi32(a, b); }
 FSM_INLINE f32_ivec f32_sub_int(f32_ivec a, f32_ivec b) { return _mm256_sub_epi32(a, b); }
@@ -106,10 +112,23 @@ FSM_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fmad
 FSM_INLINE f64_vec f64_fms(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fmsub_pd(a, b, c); }
 FSM_INLINE f64_vec f64_fnma(f64_vec a, f64_vec b, f64_vec c) { return _mm256_fnmadd_pd(a, b, c); }
 FSM_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return _mm256_max_pd(a, b); }
+FSM_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return _mm256_min_pd(a, b); }
 FSM_INLINE f64_vec f64_abs(f64_vec a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
+FSM_INLINE f64_vec f64_load_int(const int64_t *p) { /* the bits of 1.5 * 2^52 + p */
+    const __m256d magic = _mm256_set1_pd(0x1.8p52);
+    const __m256i a = _mm256_loadu_si256((const __m256i *)p);
+    return _mm256_sub_pd(_mm256_castsi256_pd(_mm256_add_epi64(a, _mm256_castpd_si256(magic))),
+                         magic);
+}
+FSM_INLINE f64_vec f64_load_f32(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+FSM_INLINE void f64_store_f32(float *p, f64_vec a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
 FSM_INLINE f64_vec f64_exp2(f64_vec n) {
     __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023 + 768)));
     return _mm256_mul_pd(_mm256_castsi256_pd(_mm256_slli_epi64(w, 52)), _mm256_set1_pd(0x1p-768));
+}
+FSM_INLINE f64_vec f64_exp2_normal(f64_vec n) {
+    const __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023)));
+    return _mm256_castsi256_pd(_mm256_slli_epi64(w, 52));
 }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm256_and_pd(_mm256_cmp_pd(a, k, _CMP_NEQ_UQ), b);
@@ -129,6 +148,7 @@ FSM_INLINE double f64_hsum(f64_vec a) {
     return _mm_cvtsd_f64(_mm_add_sd(m, _mm_unpackhi_pd(m, m)));
 }
 FSM_INLINE f64_ivec f64_bits(f64_vec a) { return _mm256_castpd_si256(a); }
+FSM_INLINE f64_vec f64_from_bits(f64_ivec a) { return _mm256_castsi256_pd(a); }
 FSM_INLINE f64_ivec f64_set1_int(int64_t a) { return _mm256_set1_epi64x(a); }
 FSM_INLINE f64_ivec f64_add_int(f64_ivec a, f64_ivec b) { return _mm256_add_epi64(a, b); }
 FSM_INLINE f64_ivec f64_sub_int(f64_ivec a, f64_ivec b) { return _mm256_sub_epi64(a, b); }

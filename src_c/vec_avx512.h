@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-enum { f32_VL = 16, f64_VL = 8, ACC_ROWS = 8 };
+enum { f32_VL = 16, f64_VL = 8, ACC_ROWS = 8, REGISTERS = 32 };
 typedef __m512 f32_vec;
 typedef __m512i f32_ivec;
 typedef __m512d f64_vec;
@@ -38,8 +38,10 @@ FSM_INLINE f32_vec f32_fma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmad
 FSM_INLINE f32_vec f32_fms(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fmsub_ps(a, b, c); }
 FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fnmadd_ps(a, b, c); }
 FSM_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm512_max_ps(a, b); }
+FSM_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm512_min_ps(a, b); }
 FSM_INLINE f32_vec f32_abs(f32_vec a) { return _mm512_abs_ps(a); }
 FSM_INLINE f32_vec f32_exp2(f32_vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1), n); }
+FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) { return f32_exp2(n); }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, k, _CMP_NEQ_UQ), b);
 }
@@ -52,6 +54,7 @@ FSM_INLINE f32_vec f32_canon(f32_vec a) {
 FSM_INLINE float f32_hmax(f32_vec a) { return _mm512_reduce_max_ps(a); }
 FSM_INLINE float f32_hsum(f32_vec a) { return _mm512_reduce_add_ps(a); }
 FSM_INLINE f32_ivec f32_bits(f32_vec a) { return _mm512_castps_si512(a); }
+FSM_INLINE f32_vec f32_from_bits(f32_ivec a) { return _mm512_castsi512_ps(a); }
 FSM_INLINE f32_ivec f32_set1_int(int32_t a) { return _mm512_set1_epi32(a); }
 FSM_INLINE f32_ivec f32_add_int(f32_ivec a, f32_ivec b) { return _mm512_add_epi32(a, b); }
 FSM_INLINE f32_ivec f32_sub_int(f32_ivec a, f32_ivec b) { return _mm512_sub_epi32(a, b); }
@@ -90,8 +93,15 @@ FSM_INLINE f64_vec f64_fma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmad
 FSM_INLINE f64_vec f64_fms(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fmsub_pd(a, b, c); }
 FSM_INLINE f64_vec f64_fnma(f64_vec a, f64_vec b, f64_vec c) { return _mm512_fnmadd_pd(a, b, c); }
 FSM_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return _mm512_max_pd(a, b); }
+FSM_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return _mm512_min_pd(a, b); }
 FSM_INLINE f64_vec f64_abs(f64_vec a) { return _mm512_abs_pd(a); }
+FSM_INLINE f64_vec f64_load_int(const int64_t *p) {
+    return _mm512_cvtepi64_pd(_mm512_loadu_si512(p));
+}
+FSM_INLINE f64_vec f64_load_f32(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+FSM_INLINE void f64_store_f32(float *p, f64_vec a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
 FSM_INLINE f64_vec f64_exp2(f64_vec n) { return _mm512_scalef_pd(_mm512_set1_pd(1), n); }
+FSM_INLINE f64_vec f64_exp2_normal(f64_vec n) { return f64_exp2(n); }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, k, _CMP_NEQ_UQ), b);
 }
@@ -104,6 +114,7 @@ FSM_INLINE f64_vec f64_canon(f64_vec a) {
 FSM_INLINE double f64_hmax(f64_vec a) { return _mm512_reduce_max_pd(a); }
 FSM_INLINE double f64_hsum(f64_vec a) { return _mm512_reduce_add_pd(a); }
 FSM_INLINE f64_ivec f64_bits(f64_vec a) { return _mm512_castpd_si512(a); }
+FSM_INLINE f64_vec f64_from_bits(f64_ivec a) { return _mm512_castsi512_pd(a); }
 FSM_INLINE f64_ivec f64_set1_int(int64_t a) { return _mm512_set1_epi64(a); }
 FSM_INLINE f64_ivec f64_add_int(f64_ivec a, f64_ivec b) { return _mm512_add_epi64(a, b); }
 FSM_INLINE f64_ivec f64_sub_int(f64_ivec a, f64_ivec b) { return _mm512_sub_epi64(a, b); }

@@ -7,7 +7,7 @@
 
 #include <arm_neon.h>
 
-enum { f32_VL = 4, f64_VL = 2, ACC_ROWS = 8 };
+enum { f32_VL = 4, f64_VL = 2, ACC_ROWS = 8, REGISTERS = 32 };
 typedef float32x4_t f32_vec;
 typedef int32x4_t f32_ivec;
 typedef float64x2_t f64_vec;
@@ -46,10 +46,15 @@ FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return vfmsq_f32(
 FSM_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { /* vmaxq is NaN where either is */
     return vbslq_f32(vcgtq_f32(a, b), a, b);
 }
+FSM_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 FSM_INLINE f32_vec f32_abs(f32_vec a) { return vabsq_f32(a); }
 FSM_INLINE f32_vec f32_exp2(f32_vec n) { /* see vec_scalar.h */
     uint32x4_t w = vreinterpretq_u32_f32(vaddq_f32(n, vdupq_n_f32(0x1.8p23f + 127 + 64)));
     return vmulq_f32(vreinterpretq_f32_u32(vshlq_n_u32(w, 23)), vdupq_n_f32(0x1p-64f));
+}
+FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) {
+    uint32x4_t w = vreinterpretq_u32_f32(vaddq_f32(n, vdupq_n_f32(0x1.8p23f + 127)));
+    return vreinterpretq_f32_u32(vshlq_n_u32(w, 23));
 }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(b), vceqq_f32(a, k)));
@@ -61,6 +66,7 @@ FSM_INLINE f32_vec f32_canon(f32_vec a) { return vbslq_f32(vceqq_f32(a, a), a, v
 FSM_INLINE float f32_hmax(f32_vec a) { return vmaxvq_f32(a); }
 FSM_INLINE float f32_hsum(f32_vec a) { return vaddvq_f32(a); }
 FSM_INLINE f32_ivec f32_bits(f32_vec a) { return vreinterpretq_s32_f32(a); }
+FSM_INLINE f32_vec f32_from_bits(f32_ivec a) { return vreinterpretq_f32_s32(a); }
 FSM_INLINE f32_ivec f32_set1_int(int32_t a) { return vdupq_n_s32(a); }
 FSM_INLINE f32_ivec f32_add_int(f32_ivec a, f32_ivec b) { return vaddq_s32(a, b); }
 FSM_INLINE f32_ivec f32_sub_int(f32_ivec a, f32_ivec b) { return vsubq_s32(a, b); }
@@ -91,10 +97,18 @@ FSM_INLINE f64_vec f64_fms(f64_vec a, f64_vec b, f64_vec c) {
 }
 FSM_INLINE f64_vec f64_fnma(f64_vec a, f64_vec b, f64_vec c) { return vfmsq_f64(c, a, b); }
 FSM_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+FSM_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
 FSM_INLINE f64_vec f64_abs(f64_vec a) { return vabsq_f64(a); }
+FSM_INLINE f64_vec f64_load_int(const int64_t *p) { return vcvtq_f64_s64(vld1q_s64(p)); }
+FSM_INLINE f64_vec f64_load_f32(const float *p) { return vcvt_f64_f32(vld1_f32(p)); }
+FSM_INLINE void f64_store_f32(float *p, f64_vec a) { vst1_f32(p, vcvt_f32_f64(a)); }
 FSM_INLINE f64_vec f64_exp2(f64_vec n) {
     uint64x2_t w = vreinterpretq_u64_f64(vaddq_f64(n, vdupq_n_f64(0x1.8p52 + 1023 + 768)));
     return vmulq_f64(vreinterpretq_f64_u64(vshlq_n_u64(w, 52)), vdupq_n_f64(0x1p-768));
+}
+FSM_INLINE f64_vec f64_exp2_normal(f64_vec n) {
+    uint64x2_t w = vreinterpretq_u64_f64(vaddq_f64(n, vdupq_n_f64(0x1.8p52 + 1023)));
+    return vreinterpretq_f64_u64(vshlq_n_u64(w, 52));
 }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(b), vceqq_f64(a, k)));
@@ -106,6 +120,7 @@ FSM_INLINE f64_vec f64_canon(f64_vec a) { return vbslq_f64(vceqq_f64(a, a), a, v
 FSM_INLINE double f64_hmax(f64_vec a) { return vmaxvq_f64(a); }
 FSM_INLINE double f64_hsum(f64_vec a) { return vaddvq_f64(a); }
 FSM_INLINE f64_ivec f64_bits(f64_vec a) { return vreinterpretq_s64_f64(a); }
+FSM_INLINE f64_vec f64_from_bits(f64_ivec a) { return vreinterpretq_f64_s64(a); }
 FSM_INLINE f64_ivec f64_set1_int(int64_t a) { return vdupq_n_s64(a); }
 FSM_INLINE f64_ivec f64_add_int(f64_ivec a, f64_ivec b) { return vaddq_s64(a, b); }
 FSM_INLINE f64_ivec f64_sub_int(f64_ivec a, f64_ivec b) { return vsubq_s64(a, b); }

@@ -5,7 +5,7 @@
 
 #include "vec.h"
 
-enum { f32_VL = 1, f64_VL = 1, ACC_ROWS = 4 };
+enum { f32_VL = 1, f64_VL = 1, ACC_ROWS = 4, REGISTERS = 16 };
 typedef float f32_vec;
 typedef int32_t f32_ivec;
 typedef double f64_vec;
@@ -37,6 +37,7 @@ typedef int64_t f64_ivec;
     FSM_INLINE REAL T##_fms(REAL a, REAL b, REAL c) { return FMA(a, b, -c); }             \
     FSM_INLINE REAL T##_fnma(REAL a, REAL b, REAL c) { return FMA(-a, b, c); }            \
     FSM_INLINE REAL T##_max(REAL a, REAL b) { return a > b ? a : b; }                     \
+    FSM_INLINE REAL T##_min(REAL a, REAL b) { return a < b ? a : b; }                     \
     FSM_INLINE REAL T##_abs(REAL a) { return FABS(a); }                                   \
     FSM_INLINE REAL T##_unless(REAL a, REAL k, REAL b) { return a != k ? b : 0; }         \
     FSM_INLINE REAL T##_if_less(REAL a, REAL b, REAL c, REAL d) { return a < b ? c : d; } \
@@ -69,9 +70,14 @@ FSM_SCALAR_OPS(f64, double, int64_t, uint64_t, fma, fabs, 0x1.8p52)
 FSM_INLINE float f32_exp2(float n) {
     return f32_from_bits((uint32_t)f32_bits(n + (0x1.8p23f + 127 + 64)) << 23) * 0x1p-64f;
 }
+FSM_INLINE double f64_load_int(const int64_t *p) { return (double)*p; }
+FSM_INLINE double f64_load_f32(const float *p) { return *p; }
+FSM_INLINE void f64_store_f32(float *p, double a) { *p = (float)a; }
 FSM_INLINE double f64_exp2(double n) {
     return f64_from_bits((uint64_t)f64_bits(n + (0x1.8p52 + 1023 + 768)) << 52) * 0x1p-768;
 }
+FSM_INLINE float f32_exp2_normal(float n) { return f32_exp2(n); }
+FSM_INLINE double f64_exp2_normal(double n) { return f64_exp2(n); }
 
 /* Halves. */
 FSM_INLINE float f16_load(const void *p) {

@@ -66,7 +66,7 @@ static void weighted_max2(fsm_state *st, const fsm_tile *t) {
             const ptrdiff_t k = s == w.steps - 1 ? w.tail : VL;
             vec m, j;
             split_weights(y + s * w.stride, k, &m, &j);
-            const vec n = exp_begin(load_part(x + s * w.stride, k), r, 1)
+            const vec n = exp_begin(load_part(x + s * w.stride, k), r, 1, 0)
                               .n; /* anything, where x takes no part: inf, say */
             most = v_max(v_add(v_unless(m, v_set1(0), n), j), most);
         }
@@ -93,7 +93,7 @@ FSM_INLINE void weighted_sum_fine(fsm_state *st, const fsm_tile *t, int fine) {
             vsum sum = vsum_zero();
             for (; s < end; s++) {
                 const ptrdiff_t k = s == w.steps - 1 ? w.tail : VL;
-                const exp_mid mid = exp_begin(load_part(x + s * w.stride, k), r, 1);
+                const exp_mid mid = exp_begin(load_part(x + s * w.stride, k), r, 1, 0);
                 vec m, j;
                 split_weights(y + s * w.stride, k, &m, &j);
                 const vec n = v_max(v_sub(v_sub(v_add(mid.n, j), most), v_set1(2)),
