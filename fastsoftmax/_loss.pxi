@@ -9,6 +9,7 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
     logits and labels; the compute type; the weight of each row, in float64, or None, and their
     sum."""
     cdef int d
+    cdef object given = _converted(labels, "labels")
     cdef ndarray x = _as_array(logits, "logits", None)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -22,7 +23,6 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
     _begin(problem, op, x, axis)
     shape = tuple([x.shape[d] for d in range(x.ndim) if not problem.reduced[d]])
     classes = np.shape(x)[axis]  # not x.shape, which is a pointer here
-    given = _converted(labels, "labels")
     if isinstance(labels, np.ma.MaskedArray) or (given.dtype.kind not in "iu" and given.size):
         raise TypeError("labels must be an array of integers, the classes, got "
                         f"{type(labels).__name__} of dtype {given.dtype}")
