@@ -2,10 +2,10 @@
 
 The functions below own the semantics: dtypes, axes, broadcasting, overlap, errors. What they hand
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
-which to compute and to store. This file has the softmax family and the settings, _loss.pxi cross
-entropy, _attention.pxi the attention functions, _attention_varlen.pxi attention over packed
-sequences, _attention_backward.pxi its gradients, _ufuncs.pxi the loops of the ufuncs, _embedding.pxi
-what compiled code of other people calls.
+which to compute and to store. This file has the softmax family and the settings. Its parts are
+_loss.pxi (cross entropy), _attention.pxi, _attention_varlen.pxi (packed sequences),
+_attention_backward.pxi (gradients), _ufuncs.pxi (the loops of the ufuncs) and _embedding.pxi (what
+compiled code of other people calls).
 """
 
 import os

@@ -239,8 +239,14 @@ print(both(0) == want)
         ("q, k, v = np.ones((3, 64, 16384, 64), 'f4')", "fs.attention(q, k, v)"),
         ("q = np.ones((64, 1, 64), 'f4'); k = np.broadcast_to(q, (64, 2**22, 64))",
          "fs.attention(q, k, k)"),
+        ("q = np.ones((64, 4096, 64), 'f4'); lse = np.zeros((64, 4096), 'f4')",
+         "fs.attention_backward(q, q, q, q, q, lse)"),
+        ("q, lse = [np.broadcast_to(np.float32(1), shape) for shape in ((2**22, 64), 2**22)]",
+         "while True: fs.merge_attention(q, lse, q, lse)"),
+        ("x = np.broadcast_to(np.float64(1), (1, 2**33))", "fs.cross_entropy(x, [0])"),
     ],
-    ids=["logsumexp of one huge row", "one huge row", "attention", "one query"],
+    ids=["logsumexp of one huge row", "one huge row", "attention", "one query", "gradients",
+         "merge", "cross entropy of one huge row"],
 )  # fmt: skip
 def test_ctrl_c(prepare, call):
     """KeyboardInterrupt soon, inputs intact, and the next call works."""
