@@ -122,11 +122,12 @@ static ptrdiff_t attend_bytes(ptrdiff_t depth, ptrdiff_t v_depth) {
 /* ---- transposition: [row][n] <-> [n][GROUP] ---- */
 
 static void to_lanes(real *to, const real *rows, ptrdiff_t n) {
-    transpose_in(to, GROUP, (const char *)rows, n * (ptrdiff_t)sizeof(real), REAL_DTYPE, GROUP, n);
+    transpose_in_as(REAL_DTYPE, to, GROUP, (const char *)rows, n * (ptrdiff_t)sizeof(real), GROUP,
+                    n);
 }
 
 static void from_lanes(real *rows, const real *from, ptrdiff_t n) {
-    transpose_out(from, GROUP, (char *)rows, n * (ptrdiff_t)sizeof(real), REAL_DTYPE, GROUP, n);
+    transpose_out_as(REAL_DTYPE, from, GROUP, (char *)rows, n * (ptrdiff_t)sizeof(real), GROUP, n);
 }
 
 /* ---- matrix products ---- */

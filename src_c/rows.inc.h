@@ -1,19 +1,23 @@
 /* Whole contiguous rows with nothing fused: the three passes back to back while the row is in the
  * nearest cache. */
 
-#define rows_pass FSM_NAME(rows_pass)
+#define map_and_span_as FSM_NAME(map_and_span_as)
+#define map_and_span_to FSM_NAME(map_and_span_to)
 #define map_and_span FSM_NAME(map_and_span)
 #define is_special FSM_NAME(is_special)
 #define rows_middle FSM_NAME(rows_middle)
 #define middle_spans FSM_NAME(middle_spans)
+#define middle_spans_as FSM_NAME(middle_spans_as)
 #define middle_sums FSM_NAME(middle_sums)
+#define middle_maps_as FSM_NAME(middle_maps_as)
+#define middle_maps_to FSM_NAME(middle_maps_to)
+#define middle_maps FSM_NAME(middle_maps)
 #define middle_fold FSM_NAME(middle_fold)
 #define rows_long FSM_NAME(rows_long)
-#define rows_from_to FSM_NAME(rows_from_to)
-#define rows_to FSM_NAME(rows_to)
-#define rows_any FSM_NAME(rows_any)
 #define rows_short FSM_NAME(rows_short)
 #define rows_all FSM_NAME(rows_all)
+#define transpose_in_as FSM_NAME(transpose_in_as)
+#define transpose_out_as FSM_NAME(transpose_out_as)
 #define transpose_in FSM_NAME(transpose_in)
 #define transpose_out FSM_NAME(transpose_out)
 #define fill_row FSM_NAME(fill_row)
@@ -35,9 +39,9 @@ static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
 
 /* The map of a row, from x or e, bound by its stores, and the extrema of another, bound by its loads,
  * in one loop: they run at once. */
-FSM_INLINE span map_and_span(int log, fsm_dtype out_dtype, void *out, fsm_dtype dtype,
-                             const void *x, fsm_dtype next_dtype, const void *next, ptrdiff_t n,
-                             map_ref map) {
+FSM_INLINE span map_and_span_as(int log, fsm_dtype out_dtype, void *out, fsm_dtype dtype,
+                                const void *x, fsm_dtype next_dtype, const void *next, ptrdiff_t n,
+                                map_ref map) {
     const map_vref mr = {v_set1(map.a), v_set1(map.b)};
     running_max m = max_begin();
     ptrdiff_t i = 0;
@@ -56,45 +60,62 @@ FSM_INLINE span map_and_span(int log, fsm_dtype out_dtype, void *out, fsm_dtype 
     return max_end(&m, next_dtype, next, n);
 }
 
+FSM_INLINE span map_and_span_to(int log, fsm_dtype out_dtype, void *out, const void *x,
+                                fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
+#define CALL(DTYPE)                                                                    \
+    if (log) return map_and_span_as(1, out_dtype, out, DTYPE, x, DTYPE, next, n, map); \
+    return map_and_span_as(0, out_dtype, out, REAL_DTYPE, x, DTYPE, next, n, map)
+    SWITCH_DTYPE(next_dtype, CALL);
+#undef CALL
+}
+
+/* x is e, or with log a logit and of the next row's dtype. */
+FSM_APART span map_and_span(int log, fsm_dtype out_dtype, void *out, const void *x,
+                            fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
+#define CALL(DTYPE) return map_and_span_to(log, DTYPE, out, x, next_dtype, next, n, map)
+    SWITCH_DTYPE(out_dtype, CALL);
+#undef CALL
+}
+
 FSM_INLINE int is_special(const fsm_state *st, int l) {
     return LANE(st->max)[l] - LANE(st->max)[l] != 0;
 }
 
 /* Long rows, one at a time: while the results of one are stored the next one comes from memory.
  * Returns how many rows have no finite maximum; softmax and log_softmax have filled them with NaN. */
-FSM_INLINE ptrdiff_t rows_long(fsm_op op, fsm_dtype out_dtype, fsm_dtype x_dtype,
-                               const fsm_rows *w) {
-    const int log = op == FSM_LOG_SOFTMAX;
+static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
+    const int log = op == FSM_LOG_SOFTMAX, fine = w->n > EXACT_COARSE;
+    const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
     const ptrdiff_t n = w->n;
     ptrdiff_t special = 0;
     fsm_state st;
     span next_span = row_span(x_dtype, w->x, n);
     for (ptrdiff_t r = 0; r < w->rows; r++) {
-        const char *x = w->x + r * w->x_stride, *next = x + w->x_stride;
+        const char *x = w->x + r * w->x_stride;
+        const char *next = r + 1 < w->rows ? x + w->x_stride : NULL;
         char *out = w->out + r * w->out_stride;
         real *e = op != FSM_SOFTMAX         ? NULL
                   : out_dtype == REAL_DTYPE ? (real *)out
                                             : w->scratch; /* NULL: exp is computed twice */
-        const int more = r + 1 < w->rows;
         begin_state(&st, 1, n);
         LANE(st.max)[0] = next_span.max;
         LANE(st.min)[0] = next_span.min;
         reference_pass(&st);
         special += st.special;
-        row_sum(x_dtype, e, x, n, row_ref(&st, 0), &st.sum, 0, n > EXACT_COARSE, st.normal,
-                more && x_dtype == REAL_DTYPE ? next : NULL);
+        const exp_ref ref = row_ref(&st, 0);
+        row_sum(x_dtype, e, x, n, ref, &st.sum, 0, fine, st.normal,
+                x_dtype == REAL_DTYPE ? next : NULL);
         finish_pass(op, &st);
         const map_ref map = {LANE(st.value[0])[0], LANE(st.value[1])[0]};
         if (op == FSM_LOGSUMEXP) store_run(out, 0, out_dtype, LANE(st.value[0]), 1);
-        if (more && log)
-            next_span = map_and_span(1, out_dtype, out, x_dtype, x, x_dtype, next, n, map);
-        else if (more && e)
-            next_span = map_and_span(0, out_dtype, out, REAL_DTYPE, e, x_dtype, next, n, map);
+        if (next && (log || e))
+            next_span =
+                map_and_span(log, out_dtype, out, e ? (const void *)e : x, x_dtype, next, n, map);
         else {
-            if (e) row_map(out_dtype, out, REAL_DTYPE, e, n, 0, 0, row_ref(&st, 0), map);
+            if (e) row_map(out_dtype, out, REAL_DTYPE, e, n, 0, 0, ref, map);
             else if (op != FSM_LOGSUMEXP)
-                row_map(out_dtype, out, x_dtype, x, n, log, !log, row_ref(&st, 0), map);
-            if (more) next_span = row_span(x_dtype, next, n);
+                row_map(out_dtype, out, x_dtype, x, n, log, !log, ref, map);
+            if (next) next_span = row_span(x_dtype, next, n);
         }
         if (op != FSM_LOGSUMEXP && is_special(&st, 0)) fill_row(out_dtype, out, n, NAN);
     }
@@ -103,8 +124,8 @@ FSM_INLINE ptrdiff_t rows_long(fsm_op op, fsm_dtype out_dtype, fsm_dtype x_dtype
 
 /* The maximum of each of `rows` rows, and for all of them the smallest element. The reductions of VL
  * rows are one transposition. */
-FSM_INLINE void middle_spans(fsm_state *st, fsm_dtype dtype, const char *x, ptrdiff_t stride,
-                             int rows, ptrdiff_t n) {
+FSM_INLINE void middle_spans_as(fsm_dtype dtype, fsm_state *st, const char *x, ptrdiff_t stride,
+                                int rows, ptrdiff_t n) {
     vec most[FSM_LANES], least = v_set1(INFINITY), sum = v_set1(0);
     for (int l = 0; l < rows; l++) {
         running_max m = max_begin();
@@ -131,6 +152,13 @@ FSM_INLINE void middle_spans(fsm_state *st, fsm_dtype dtype, const char *x, ptrd
         LANE(st->max)[l] = row_span(dtype, x + l * stride, n).max;
 }
 
+FSM_APART void middle_spans(fsm_dtype dtype, fsm_state *st, const char *x, ptrdiff_t stride,
+                            int rows, ptrdiff_t n) {
+#define CALL(DTYPE) middle_spans_as(DTYPE, st, x, stride, rows, n)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
 /* The sums of the rows whose exp lies at e[l], each in two vectors of counts. */
 FSM_APART void middle_sums(vec *hi, vec *lo, real *const *e, int rows, ptrdiff_t n) {
     for (int l = 0; l < rows; l++) {
@@ -151,10 +179,37 @@ FSM_INLINE void middle_fold(fsm_exact_sum *sum, int g, vec counts[VL], int part,
     for (int l = 0; l < VL; l++) sum_fold(sum, g + l, part, count[l]);
 }
 
+/* The maps of rows, from[l] being e, or with log a row of logits. */
+FSM_INLINE void middle_maps_as(int log, fsm_dtype out_dtype, char *out, ptrdiff_t out_stride,
+                               fsm_dtype dtype, const void *const *from, int rows, ptrdiff_t n,
+                               const fsm_state *st) {
+    for (int l = 0; l < rows; l++) {
+        const map_ref map = {LANE(st->value[0])[l], LANE(st->value[1])[l]};
+        row_map_as(out_dtype, out + l * out_stride, dtype, from[l], n, log, 0, (exp_ref){0}, map);
+    }
+}
+
+FSM_INLINE void middle_maps_to(int log, fsm_dtype out_dtype, char *out, ptrdiff_t out_stride,
+                               fsm_dtype dtype, const void *const *from, int rows, ptrdiff_t n,
+                               const fsm_state *st) {
+#define CALL(DTYPE) middle_maps_as(1, out_dtype, out, out_stride, DTYPE, from, rows, n, st)
+    if (!log) middle_maps_as(0, out_dtype, out, out_stride, REAL_DTYPE, from, rows, n, st);
+    else SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
+FSM_APART void middle_maps(int log, fsm_dtype out_dtype, char *out, ptrdiff_t out_stride,
+                           fsm_dtype dtype, const void *const *from, int rows, ptrdiff_t n,
+                           const fsm_state *st) {
+#define CALL(DTYPE) middle_maps_to(log, DTYPE, out, out_stride, dtype, from, rows, n, st)
+    SWITCH_DTYPE(out_dtype, CALL);
+#undef CALL
+}
+
 /* Rows whose reductions would cost as much as they do: as many at a time as make a block, with the
  * constants of them all computed as vectors. Returns what rows_long does. */
-FSM_INLINE ptrdiff_t rows_middle(fsm_op op, fsm_dtype out_dtype, fsm_dtype x_dtype,
-                                 const fsm_rows *w) {
+static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
+    const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
     const ptrdiff_t n = w->n, fitting = 2 * FSM_BLOCK / n / VL * VL;
     const int block = fitting > FSM_LANES ? FSM_LANES : fitting > VL ? (int)fitting : VL;
     const int log = op == FSM_LOG_SOFTMAX, in_out = op == FSM_SOFTMAX && out_dtype == REAL_DTYPE;
@@ -163,14 +218,15 @@ FSM_INLINE ptrdiff_t rows_middle(fsm_op op, fsm_dtype out_dtype, fsm_dtype x_dty
     for (ptrdiff_t r = 0; r < w->rows; r += block) {
         const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
         const char *x = w->x + r * w->x_stride;
+        char *out = w->out + r * w->out_stride;
         real own[2 * FSM_BLOCK + VL * FSM_MIDDLE_ROW], *e[FSM_LANES];
         vec hi[FSM_LANES], lo[FSM_LANES];
         begin_state(&st, (rows + VL - 1) / VL * VL, n);
-        middle_spans(&st, x_dtype, x, w->x_stride, rows, n);
+        middle_spans(x_dtype, &st, x, w->x_stride, rows, n);
         reference_pass(&st);
         special += st.special;
         for (int l = 0; l < rows; l++)
-            e[l] = in_out ? (real *)(w->out + (r + l) * w->out_stride) : own + l * n;
+            e[l] = in_out ? (real *)(out + l * w->out_stride) : own + l * n;
         exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st);
         middle_sums(hi, lo, e, rows, n);
         for (int g = 0; g < rows; g += VL) {
@@ -179,27 +235,22 @@ FSM_INLINE ptrdiff_t rows_middle(fsm_op op, fsm_dtype out_dtype, fsm_dtype x_dty
         }
         finish_pass(op, &st);
         if (op == FSM_LOGSUMEXP) {
-            store_run(w->out + r * w->out_stride, w->out_stride, out_dtype, LANE(st.value[0]),
-                      rows);
+            store_run(out, w->out_stride, out_dtype, LANE(st.value[0]), rows);
             continue;
         }
-        for (int l = 0; l < rows; l++) {
-            char *out = w->out + (r + l) * w->out_stride;
-            const map_ref map = {LANE(st.value[0])[l], LANE(st.value[1])[l]};
-            if (log)
-                row_map_as(out_dtype, out, x_dtype, x + l * w->x_stride, n, 1, 0, row_ref(&st, l),
-                           map);
-            else row_map_as(out_dtype, out, REAL_DTYPE, e[l], n, 0, 0, row_ref(&st, l), map);
-            if (is_special(&st, l)) fill_row(out_dtype, out, n, NAN);
-        }
+        const void *from[FSM_LANES];
+        for (int l = 0; l < rows; l++) from[l] = log ? (const void *)(x + l * w->x_stride) : e[l];
+        middle_maps(log, out_dtype, out, w->out_stride, x_dtype, from, rows, n, &st);
+        for (int l = 0; l < rows && st.special; l++)
+            if (is_special(&st, l)) fill_row(out_dtype, out + l * w->out_stride, n, NAN);
     }
     return special;
 }
 
 /* `rows` rows of n elements into a tile of `lanes` lanes, and back, in squares of VL; lanes without
  * a row become 0. */
-FSM_INLINE void transpose_in(real *tile, int lanes, const char *x, ptrdiff_t stride,
-                             fsm_dtype dtype, int rows, ptrdiff_t n) {
+FSM_INLINE void transpose_in_as(fsm_dtype dtype, real *tile, int lanes, const char *x,
+                                ptrdiff_t stride, int rows, ptrdiff_t n) {
     for (int g = 0; g < lanes; g += VL)
         for (ptrdiff_t i = 0; i < n; i += VL) {
             const ptrdiff_t k = n - i < VL ? n - i : VL;
@@ -213,8 +264,15 @@ FSM_INLINE void transpose_in(real *tile, int lanes, const char *x, ptrdiff_t str
         }
 }
 
-FSM_INLINE void transpose_out(const real *tile, int lanes, char *out, ptrdiff_t stride,
-                              fsm_dtype dtype, int rows, ptrdiff_t n) {
+FSM_APART void transpose_in(fsm_dtype dtype, real *tile, int lanes, const char *x, ptrdiff_t stride,
+                            int rows, ptrdiff_t n) {
+#define CALL(DTYPE) transpose_in_as(DTYPE, tile, lanes, x, stride, rows, n)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
+FSM_INLINE void transpose_out_as(fsm_dtype dtype, const real *tile, int lanes, char *out,
+                                 ptrdiff_t stride, int rows, ptrdiff_t n) {
     for (int g = 0; g < lanes; g += VL)
         for (ptrdiff_t i = 0; i < n; i += VL) {
             const ptrdiff_t k = n - i < VL ? n - i : VL;
@@ -226,10 +284,17 @@ FSM_INLINE void transpose_out(const real *tile, int lanes, char *out, ptrdiff_t 
         }
 }
 
+FSM_APART void transpose_out(fsm_dtype dtype, const real *tile, int lanes, char *out,
+                             ptrdiff_t stride, int rows, ptrdiff_t n) {
+#define CALL(DTYPE) transpose_out_as(DTYPE, tile, lanes, out, stride, rows, n)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
 /* Rows of a few elements: a vector along one would be mostly empty and its reductions would cost
  * more than the row. Lanes are rows. Returns what rows_long does. */
-FSM_INLINE ptrdiff_t rows_short(fsm_op op, const fsm_rows *w, fsm_dtype x_dtype,
-                                fsm_dtype out_dtype) {
+static ptrdiff_t rows_short(fsm_op op, const fsm_rows *w) {
+    const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
     ptrdiff_t special = 0;
     fsm_state st;
     real tile[FSM_SHORT_ROW * FSM_LANES];
@@ -240,7 +305,7 @@ FSM_INLINE ptrdiff_t rows_short(fsm_op op, const fsm_rows *w, fsm_dtype x_dtype,
         fsm_tile t = {
             .n = w->n, .x = tile, .x_dtype = REAL_DTYPE, .out = tile, .out_dtype = REAL_DTYPE};
         if (op == FSM_SOFTMAX) t.e = tile;
-        transpose_in(tile, lanes, w->x + r * w->x_stride, w->x_stride, x_dtype, rows, w->n);
+        transpose_in(x_dtype, tile, lanes, w->x + r * w->x_stride, w->x_stride, rows, w->n);
         begin_state(&st, lanes, w->n);
         max_pass(&st, &t);
         reference_pass(&st);
@@ -253,38 +318,17 @@ FSM_INLINE ptrdiff_t rows_short(fsm_op op, const fsm_rows *w, fsm_dtype x_dtype,
         }
         if (op == FSM_SOFTMAX) map_softmax(&st, &t);
         else map_log_softmax(&st, &t);
-        transpose_out(tile, lanes, out, w->out_stride, out_dtype, rows, w->n);
+        transpose_out(out_dtype, tile, lanes, out, w->out_stride, rows, w->n);
         for (int l = 0; l < rows && st.special; l++)
             if (is_special(&st, l)) fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
     }
     return special;
 }
 
-FSM_INLINE ptrdiff_t rows_from_to(fsm_op op, fsm_dtype x_dtype, fsm_dtype out_dtype,
-                                  const fsm_rows *w) {
-    if (w->n <= FSM_MIDDLE_ROW && w->rows >= 4) return rows_middle(op, out_dtype, x_dtype, w);
-    return rows_long(op, out_dtype, x_dtype, w);
-}
-
-FSM_INLINE ptrdiff_t rows_to(fsm_op op, fsm_dtype out_dtype, const fsm_rows *w) {
-#define CALL(DTYPE) return rows_from_to(op, DTYPE, out_dtype, w)
-    SWITCH_DTYPE(w->x_dtype, CALL);
-#undef CALL
-}
-
-FSM_INLINE ptrdiff_t rows_any(fsm_op op, const fsm_rows *w) {
-#define CALL(DTYPE) return rows_to(op, DTYPE, w)
-    SWITCH_DTYPE(w->out_dtype, CALL);
-#undef CALL
-}
-
 static ptrdiff_t rows_all(fsm_op op, const fsm_rows *w) {
-    const int is_short = w->n <= FSM_SHORT_ROW && w->rows >= 4;
-#define CALL(OP) return is_short ? rows_short(OP, w, w->x_dtype, w->out_dtype) : rows_any(OP, w)
-    if (op == FSM_SOFTMAX) CALL(FSM_SOFTMAX);
-    if (op == FSM_LOG_SOFTMAX) CALL(FSM_LOG_SOFTMAX);
-    CALL(FSM_LOGSUMEXP);
-#undef CALL
+    if (w->rows >= 4 && w->n <= FSM_SHORT_ROW) return rows_short(op, w);
+    if (w->rows >= 4 && w->n <= FSM_MIDDLE_ROW) return rows_middle(op, w);
+    return rows_long(op, w);
 }
 
 /* ---- what is fused into the reading of whole rows ---- */

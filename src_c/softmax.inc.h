@@ -111,7 +111,7 @@ FSM_INLINE span row_span_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
     return max_end(&m, dtype, x, n);
 }
 
-static span row_span(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+FSM_APART span row_span(fsm_dtype dtype, const void *x, ptrdiff_t n) {
 #define CALL(DTYPE) return row_span_as(DTYPE, x, n)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
@@ -351,8 +351,8 @@ FSM_INLINE void row_map_to(fsm_dtype out_dtype, void *out, fsm_dtype dtype, cons
 #undef CALL
 }
 
-static void row_map(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n,
-                    int log, int exp, exp_ref ref, map_ref map) {
+FSM_APART void row_map(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n,
+                       int log, int exp, exp_ref ref, map_ref map) {
 #define CALL(DTYPE) row_map_to(DTYPE, out, dtype, x, n, log, exp, ref, map)
     SWITCH_DTYPE(out_dtype, CALL);
 #undef CALL
