@@ -4,11 +4,11 @@ What dask, xarray and Awkward Array make of them is in test_ecosystem.py.
 """
 
 import pickle
-import warnings
 import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
