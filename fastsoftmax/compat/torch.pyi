@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 __all__ = [
+    "cross_entropy",
     "gumbel_softmax",
     "log_softmax",
     "logsumexp",
@@ -37,3 +38,13 @@ def scaled_dot_product_attention(
     scale: SupportsFloat | None = None,
     enable_gqa: bool = False,
 ) -> NDArray[Any]: ...
+def cross_entropy(
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
+    size_average: None = None,
+    ignore_index: int = -100,
+    reduce: None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any: ...
