@@ -3,45 +3,67 @@
  * stored from it by the last pass. Steps of a power of two would put all of a column into a few sets
  * of the cache, so it is touched once only, and asked for in advance. */
 
+#define columns_copy FSM_NAME(columns_copy)
+#define columns_in_as FSM_NAME(columns_in_as)
 #define columns_in FSM_NAME(columns_in)
+#define columns_out_as FSM_NAME(columns_out_as)
 #define columns_out FSM_NAME(columns_out)
-#define columns_of FSM_NAME(columns_of)
-#define columns_of_any FSM_NAME(columns_of_any)
 #define columns_all FSM_NAME(columns_all)
 
-FSM_INLINE void columns_in(fsm_state *st, real *tile, fsm_dtype dtype, const fsm_columns *c) {
+/* Copies elements [begin, end) of the columns to the tile, and asks for those that follow. */
+FSM_INLINE void columns_copy(fsm_dtype dtype, real *tile, int lanes, const fsm_columns *c,
+                             ptrdiff_t begin, ptrdiff_t end) {
     const ptrdiff_t size = float_size(dtype);
-    vec m[FSM_LANES / VL], low[FSM_LANES / VL], s[FSM_LANES / VL];
-    for (int g = 0; g < st->lanes; g += VL) {
-        m[g / VL] = v_set1(-INFINITY);
-        low[g / VL] = v_set1(INFINITY);
-        s[g / VL] = v_set1(0);
-    }
-    for (ptrdiff_t i = 0; i < c->n; i++) {
+    for (ptrdiff_t i = begin; i < end; i++) {
         const char *x = c->x + i * c->x_step;
         if (i + FSM_COLUMNS_AHEAD < c->n)
-            for (int b = 0; b < c->rows * size; b += 64)
+            for (int b = 0; b < c->rows * size; b += FSM_ALIGN)
                 FSM_PREFETCH(x + FSM_COLUMNS_AHEAD * c->x_step + b);
-        for (int g = 0; g < st->lanes; g += VL) {
+        int g = 0;
+        for (; g + VL <= c->rows; g += VL)
+            v_store(tile + i * lanes + g, load_as(dtype, x, g, VL, v_set1(0)));
+        for (; g < lanes; g += VL) {
             const int k = c->rows - g;
-            const vec a = k >= VL ? load_as(dtype, x, g, VL, v_set1(0))
-                          : k > 0 ? load_as(dtype, x, g, k, v_set1(0))
-                                  : v_set1(0);
-            v_store(tile + i * st->lanes + g, a);
-            m[g / VL] = v_max(a, m[g / VL]);
-            low[g / VL] = v_min(a, low[g / VL]);
-            s[g / VL] = v_add_m(a, s[g / VL]);
+            v_store(tile + i * lanes + g, k > 0 ? load_as(dtype, x, g, k, v_set1(0)) : v_set1(0));
         }
-    }
-    for (int g = 0; g < st->lanes; g += VL) {
-        v_store(LANE(st->max) + g, v_add(m[g / VL], v_set1(0)));
-        v_store(LANE(st->min) + g, low[g / VL]);
-        lane_suspects(LANE(st->max) + g, st->lanes, tile + g, c->n, s[g / VL]);
     }
 }
 
-FSM_INLINE void columns_out(const fsm_state *st, const real *tile, int log, fsm_dtype dtype,
-                            const fsm_columns *c) {
+/* The tile, and the extrema of its lanes: some elements of each at a time are copied, and then looked
+ * at while they are in the nearest cache, lanes by lanes, whose extrema are in registers. */
+FSM_INLINE void columns_in_as(fsm_dtype dtype, fsm_state *st, real *tile, const fsm_columns *c) {
+    enum { BLOCK = 16 };
+    real *max = LANE(st->max), *min = LANE(st->min), sum[FSM_LANES] = {0};
+    for (ptrdiff_t i = 0, end; i < c->n; i = end) {
+        end = c->n - i < BLOCK ? c->n : i + BLOCK;
+        columns_copy(dtype, tile, st->lanes, c, i, end);
+        for (int g = 0; g < st->lanes; g += VL) {
+            vec m = v_load(max + g), low = v_load(min + g), s = v_load(sum + g);
+            for (ptrdiff_t j = i; j < end; j++) {
+                const vec a = v_load(tile + j * st->lanes + g);
+                m = v_max(a, m);
+                low = v_min(a, low);
+                s = v_add_m(a, s);
+            }
+            v_store(max + g, m);
+            v_store(min + g, low);
+            v_store(sum + g, s);
+        }
+    }
+    for (int g = 0; g < st->lanes; g += VL) {
+        v_store(max + g, v_add(v_load(max + g), v_set1(0)));
+        lane_suspects(max + g, st->lanes, tile + g, c->n, v_load(sum + g));
+    }
+}
+
+FSM_APART void columns_in(fsm_dtype dtype, fsm_state *st, real *tile, const fsm_columns *c) {
+#define CALL(DTYPE) columns_in_as(DTYPE, st, tile, c)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
+FSM_INLINE void columns_out_as(fsm_dtype dtype, const fsm_state *st, const real *tile, int log,
+                               const fsm_columns *c) {
     for (ptrdiff_t i = 0; i < c->n; i++)
         for (int g = 0; g < c->rows; g += VL) {
             const map_vref map = {v_load(LANE(st->value[0]) + g), v_load(LANE(st->value[1]) + g)};
@@ -53,33 +75,25 @@ FSM_INLINE void columns_out(const fsm_state *st, const real *tile, int log, fsm_
             store_as(dtype, c->out + i * c->out_step, l, 1, v_set1(NAN));
 }
 
-FSM_INLINE void columns_of(fsm_op op, fsm_dtype x_dtype, const fsm_columns *c) {
-    fsm_state st;
-    real *tile = c->tile;
-    begin_state(&st, (c->rows + FSM_LANE_QUANTUM - 1) / FSM_LANE_QUANTUM * FSM_LANE_QUANTUM, c->n);
-    columns_in(&st, tile, x_dtype, c);
-    const fsm_tile t = {.n = c->n, .x = tile, .e = op == FSM_SOFTMAX ? tile : NULL};
-    reference_pass(&st);
-    sum_pass(&st, &t);
-    finish_pass(op, &st);
-    if (op == FSM_LOGSUMEXP) {
-        const ptrdiff_t size = float_size(c->out_dtype);
-        store_run(c->out, size, c->out_dtype, LANE(st.value[0]), c->rows);
-        return;
-    }
-#define CALL(DTYPE) columns_out(&st, tile, op == FSM_LOG_SOFTMAX, DTYPE, c)
-    SWITCH_DTYPE(c->out_dtype, CALL);
-#undef CALL
-}
-
-FSM_INLINE void columns_of_any(fsm_op op, const fsm_columns *c) {
-#define CALL(DTYPE) columns_of(op, DTYPE, c)
-    SWITCH_DTYPE(c->x_dtype, CALL);
+FSM_APART void columns_out(fsm_dtype dtype, const fsm_state *st, const real *tile, int log,
+                           const fsm_columns *c) {
+#define CALL(DTYPE)                                 \
+    if (log) columns_out_as(DTYPE, st, tile, 1, c); \
+    else columns_out_as(DTYPE, st, tile, 0, c)
+    SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
 
 static void columns_all(fsm_op op, const fsm_columns *c) {
-    if (op == FSM_SOFTMAX) columns_of_any(FSM_SOFTMAX, c);
-    else if (op == FSM_LOG_SOFTMAX) columns_of_any(FSM_LOG_SOFTMAX, c);
-    else columns_of_any(FSM_LOGSUMEXP, c);
+    fsm_state st;
+    real *tile = c->tile;
+    begin_state(&st, (c->rows + FSM_LANE_QUANTUM - 1) / FSM_LANE_QUANTUM * FSM_LANE_QUANTUM, c->n);
+    columns_in(c->x_dtype, &st, tile, c);
+    const fsm_tile t = {.n = c->n, .x = tile, .e = op == FSM_SOFTMAX ? tile : NULL};
+    reference_pass(&st);
+    sum_pass(&st, &t);
+    finish_pass(op, &st);
+    if (op == FSM_LOGSUMEXP)
+        store_run(c->out, float_size(c->out_dtype), c->out_dtype, LANE(st.value[0]), c->rows);
+    else columns_out(c->out_dtype, &st, tile, op == FSM_LOG_SOFTMAX, c);
 }

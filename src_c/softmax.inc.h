@@ -288,9 +288,10 @@ FSM_INLINE void lane_sum_as(fsm_state *st, real *e, const real *x, ptrdiff_t n, 
     }
 }
 
-FSM_INLINE void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine) {
-    if (st->normal) lane_sum_as(st, e, x, n, fine, 0, 1);
-    else lane_sum_as(st, e, x, n, fine, 1, 0);
+FSM_APART void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine) {
+    if (FSM_BITS == 32 && fine) lane_sum_as(st, e, x, n, 1, 1, 0);
+    else if (st->normal) lane_sum_as(st, e, x, n, 0, 0, 1);
+    else lane_sum_as(st, e, x, n, 0, 1, 0);
 }
 
 /* ---- map ---- */
@@ -458,8 +459,7 @@ static void sum_pass(fsm_state *st, const fsm_tile *t) {
     const int fine = st->n > EXACT_COARSE;
     if (st->lanes == 1)
         row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine, st->normal, NULL);
-    else if (FSM_BITS == 32 && fine) lane_sum(st, t->e, t->x, t->n, 1);
-    else lane_sum(st, t->e, t->x, t->n, 0);
+    else lane_sum(st, t->e, t->x, t->n, fine);
 }
 
 static void finish_softmax(fsm_state *st) {
