@@ -63,7 +63,8 @@ wheel:  ## build a wheel with libgomp inside, in wheelhouse (needs ".[wheel]", L
 DRIVERS = driver attention_driver gradient_driver
 IS_X86 = $(filter x86_64 amd64,$(shell uname -m))
 IS_ARM = $(filter aarch64 arm64,$(shell uname -m))
-ISAS = scalar $(if $(IS_X86),avx2 avx512) $(if $(IS_ARM),neon)
+HAS_AVX512 = $(shell grep -sw avx512vl /proc/cpuinfo)
+ISAS = scalar $(if $(IS_X86),avx2 $(if $(HAS_AVX512),avx512)) $(if $(IS_ARM),neon)
 FLAGS_isa_avx2 = -mavx2 -mfma -mf16c
 FLAGS_isa_avx512 = $(FLAGS_isa_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 FLAGS_isa_avx512_emulated = $(FLAGS_isa_avx2) -Wno-psabi

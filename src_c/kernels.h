@@ -92,8 +92,8 @@ typedef struct {
     char *out;
     ptrdiff_t x_stride, out_stride, rows, n;
     fsm_dtype x_dtype, out_dtype;
-    /* Where exp goes if out has another type: max(n, FSM_BLOCK) elements of the compute type; or
-     * NULL, and exp is computed twice. */
+    /* Where exp goes if out has another type: n elements of the compute type; or NULL, and exp is
+     * computed twice. */
     void *scratch;
 } fsm_rows;
 

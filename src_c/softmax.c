@@ -178,9 +178,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->chunks = (p->n + p->chunk - 1) / p->chunk;
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
     if (p->direct && !p->wide && !p->labels)
-        p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0
-                              : p->n < FSM_BLOCK              ? FSM_BLOCK
-                                                              : p->n;
+        p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0 : p->n;
     p->columns = plain && p->op <= FSM_LOGSUMEXP && p->lanes > 1 && p->resident &&
                  p->axis_ndim <= 1 && is_native(p, p->dtype[FSM_X]) &&
                  is_native(p, p->dtype[FSM_OUT]) &&
