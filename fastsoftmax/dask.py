@@ -85,7 +85,7 @@ def log_softmax(x, /, axis=-1, *, temperature=None, dtype=None):
     -------
     dask array
         As for :func:`softmax`. Where the axis is chunked the error is at most 8 * 2**-53 *
-        max(1, max|x|, |result|) before rounding.
+        ``max(1, max|x|, |result|)`` before rounding.
 
     Raises
     ------

@@ -122,13 +122,13 @@ def attention_backward_bound(
 ):
     """How far `attention_backward` may be off in the compute type: for each element of each result.
 
-    The derivation is in src_c/attention_backward.inc.h; to first order in u = 2^-24 (2^-53):
+    The derivation is in src_c/attention_backward.inc.h; to first order in u = 2^-24 (2^-53)::
 
         p      p * e,  e = u * ((D + 6) dots + 5 others + 3 |lse| + 4)
         dz     p * s * (e + (Dv + 4) u),  s = sum(|grad_out v|) + sum(|grad_out out|)
         ds     |scale| * (that + |dz| * (3 u, or with softcap the error of 1 - tanh^2))
 
-    where dots = |scale| sum(|q k|), others are the other terms of the score, and sums over n terms
+    where ``dots = |scale| sum(|q k|)``, others are the other terms of the score, and sums over n terms
     add one u for each addition on the longest way through blocks.
     """
     a, grad, out, lse = _given(grad_out, q, k, v, out, lse, options)

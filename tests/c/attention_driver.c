@@ -31,6 +31,7 @@ static const layout layouts[] = {
     {"all reversed", "bcrhi", 2, 1, 31, 0},
 };
 enum { CONTIGUOUS };
+enum { OPERANDS = FSM_ATTN_WEIGHTS + 1, RESULTS = OPERANDS - FSM_ATTN_OUT };
 
 typedef struct {
     fsm_dtype type, bias_type;
@@ -46,7 +47,6 @@ typedef struct {
     uint64_t seed;
 } test;
 
-enum { OPERANDS = FSM_ATTN_WEIGHTS + 1, RESULTS = OPERANDS - FSM_ATTN_OUT };
 static const char *const names[] = {"q",       "k",     "v",      "mask", "bias", "offset",
                                     "lengths", "sinks", "slopes", "out",  "lse",  "weights"};
 
