@@ -128,8 +128,8 @@ def attention_backward_bound(
         dz     p * s * (e + (Dv + 4) u),  s = sum(|grad_out v|) + sum(|grad_out out|)
         ds     |scale| * (that + |dz| * (3 u, or with softcap the error of 1 - tanh^2))
 
-    where ``dots = |scale| sum(|q k|)``, others are the other terms of the score, and sums over n terms
-    add one u for each addition on the longest way through blocks.
+    where ``dots = |scale| sum(|q k|)``, others are the other terms of the score, and sums over n
+    terms add one u for each addition on the longest way through blocks.
     """
     a, grad, out, lse = _given(grad_out, q, k, v, out, lse, options)
     u, depth, v_depth = a.unit, a.q.shape[-1], a.v.shape[-1]

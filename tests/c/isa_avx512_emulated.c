@@ -63,6 +63,28 @@ EMULATED void store_epi16(void *p, __mmask16 set, __m256i a) { move(p, &a, set, 
 
 /* ---- conversions ---- */
 
+EMULATED __m512d cvtepi64_pd(__m512i a) {
+    lanes from = {.epi = a}, to;
+    for (int i = 0; i < 8; i++) to.f64[i] = (double)from.i64[i];
+    return to.pd;
+}
+EMULATED __m512d cvtps_pd(__m256 a) {
+    lanes from = {.half_ps = {a}}, to;
+    for (int i = 0; i < 8; i++) to.f64[i] = from.f32[i];
+    return to.pd;
+}
+EMULATED __m256 cvtpd_ps(__m512d a) {
+    lanes from = {.pd = a}, to;
+    for (int i = 0; i < 8; i++) to.f32[i] = (float)from.f64[i];
+    return to.half_ps[0];
+}
+#undef _mm512_cvtepi64_pd
+#undef _mm512_cvtps_pd
+#undef _mm512_cvtpd_ps
+#define _mm512_cvtepi64_pd cvtepi64_pd
+#define _mm512_cvtps_pd cvtps_pd
+#define _mm512_cvtpd_ps cvtpd_ps
+
 EMULATED __m512 ph_to_ps(__m256i h) {
     lanes r = {.half_ps = {_mm256_cvtph_ps(_mm256_castsi256_si128(h)),
                            _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))}};
