@@ -30,29 +30,13 @@ FSM_INLINE void columns_copy(fsm_dtype dtype, real *tile, int lanes, const fsm_c
 }
 
 /* The tile, and the extrema of its lanes: some elements of each at a time are copied, and then looked
- * at while they are in the nearest cache, lanes by lanes, whose extrema are in registers. */
+ * at while they are in the nearest cache. */
 FSM_INLINE void columns_in_as(fsm_dtype dtype, fsm_state *st, real *tile, const fsm_columns *c) {
     enum { BLOCK = 16 };
-    real *max = LANE(st->max), *min = LANE(st->min), sum[FSM_LANES] = {0};
     for (ptrdiff_t i = 0, end; i < c->n; i = end) {
         end = c->n - i < BLOCK ? c->n : i + BLOCK;
         columns_copy(dtype, tile, st->lanes, c, i, end);
-        for (int g = 0; g < st->lanes; g += VL) {
-            vec m = v_load(max + g), low = v_load(min + g), s = v_load(sum + g);
-            for (ptrdiff_t j = i; j < end; j++) {
-                const vec a = v_load(tile + j * st->lanes + g);
-                m = v_max(a, m);
-                low = v_min(a, low);
-                s = v_add_m(a, s);
-            }
-            v_store(max + g, m);
-            v_store(min + g, low);
-            v_store(sum + g, s);
-        }
-    }
-    for (int g = 0; g < st->lanes; g += VL) {
-        v_store(max + g, v_add(v_load(max + g), v_set1(0)));
-        lane_suspects(max + g, st->lanes, tile + g, c->n, v_load(sum + g));
+        lane_span(LANE(st->max), LANE(st->min), st->lanes, tile + i * st->lanes, end - i);
     }
 }
 

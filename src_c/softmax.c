@@ -92,8 +92,7 @@ static int has_labels(fsm_op op) {
 }
 
 /* Drops dimensions of size 1, walks the others forwards in x (but for an axis whose elements have
- * numbers), sorts them by x's stride, largest
- * first, and merges those that are one. */
+ * numbers), sorts them by x's stride, largest first, and merges those that are one. */
 static int simplify(fsm_plan *p, dimension *d, int ndim) {
     int kept = 0;
     for (int i = 0; i < ndim; i++) {
