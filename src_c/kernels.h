@@ -92,9 +92,10 @@ typedef struct {
     char *out;
     ptrdiff_t x_stride, out_stride, rows, n;
     fsm_dtype x_dtype, out_dtype;
-    /* Where exp goes if out has another type: n elements of the compute type; or NULL, and exp is
-     * computed twice. */
+    /* Where exp goes if out has another type, or is not to be read (nontemporal): n elements of the
+     * compute type. NULL otherwise: exp is computed twice. */
     void *scratch;
+    int nontemporal; /* the results are too many for the caches: they need not pass them */
 } fsm_rows;
 
 /* An operand of attention at one leading index and one KV head: its first element, NULL if it is

@@ -11,6 +11,9 @@
 #define LEAST FSM_NAME(LEAST)
 #define LOAD_BLOCK 256
 
+#undef LINE
+#define LINE (FSM_ALIGN / (int)sizeof(real)) /* elements of a line of a cache */
+
 #undef LANE
 #undef REAL_DTYPE
 #undef SWITCH_DTYPE

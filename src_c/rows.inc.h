@@ -4,6 +4,9 @@
 #define map_and_span_as FSM_NAME(map_and_span_as)
 #define map_and_span_to FSM_NAME(map_and_span_to)
 #define map_and_span FSM_NAME(map_and_span)
+#define map_and_span_nt FSM_NAME(map_and_span_nt)
+#define map_and_span_nt_as FSM_NAME(map_and_span_nt_as)
+#define pending FSM_NAME(pending)
 #define is_special FSM_NAME(is_special)
 #define rows_middle FSM_NAME(rows_middle)
 #define middle_spans FSM_NAME(middle_spans)
@@ -31,6 +34,12 @@ FSM_INLINE void finish_pass(fsm_op op, fsm_state *st) {
     else if (op == FSM_LOG_SOFTMAX) finish_log_softmax(st);
     else finish_logsumexp(st);
 }
+
+/* The beginning of a line of out, not stored yet. */
+typedef struct {
+    real line[LINE];
+    ptrdiff_t count;
+} pending;
 
 static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
     for (ptrdiff_t i = 0; i < n; i += VL)
@@ -60,9 +69,45 @@ FSM_INLINE span map_and_span_as(int log, fsm_dtype out_dtype, void *out, fsm_dty
     return max_end(&m, next_dtype, next, n);
 }
 
+/* The same past the caches, a whole line at a time: one that is written partly so, partly not, costs
+ * more than it saves. The line in which a row ends is carried over to the next row, in `line`. */
+FSM_INLINE span map_and_span_nt_as(int log, real *out, fsm_dtype dtype, const void *x,
+                                   fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map,
+                                   pending *p, int carries) {
+    const map_vref mr = {v_set1(map.a), v_set1(map.b)};
+    const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)out % FSM_ALIGN / sizeof(real));
+    running_max m = max_begin();
+    ptrdiff_t i = 0;
+    for (; i < head; i += VL) {
+        const ptrdiff_t k = head - i < VL ? head - i : VL;
+        max_add(&m, 0, load_as(next_dtype, next, i, VL, v_set1(0))); /* some twice: no harm */
+        store_as(REAL_DTYPE, p->line + LINE - head, i, k,
+                 map_vec(log, load_as(dtype, x, i, k, v_set1(0)), mr));
+    }
+    if (p->count + head == LINE)
+        for (int j = 0; j < LINE; j += VL) v_store_nt(out + head - LINE + j, v_load(p->line + j));
+    else memcpy(out, p->line + LINE - head, (size_t)head * sizeof(real));
+    for (i = head; i + LINE <= n; i += LINE)
+        FSM_UNROLL(8)
+        for (int j = 0; j < LINE; j += VL) {
+            const vec a = load_as(dtype, x, i + j, VL, v_set1(0));
+            max_add(&m, j / VL & 3, load_as(next_dtype, next, i + j, VL, v_set1(0)));
+            v_store_nt(out + i + j, map_vec(log, a, mr));
+        }
+    p->count = carries ? n - i : 0;
+    real *tail = carries ? p->line : out + i;
+    for (ptrdiff_t j = 0; i < n; i += VL, j += VL) {
+        const ptrdiff_t k = n - i < VL ? n - i : VL;
+        if (k == VL) max_add(&m, 0, load_as(next_dtype, next, i, VL, v_set1(0)));
+        else max_tail(&m, next_dtype, next, i, n);
+        store_as(REAL_DTYPE, tail, j, k, map_vec(log, load_as(dtype, x, i, k, v_set1(0)), mr));
+    }
+    return max_end(&m, next_dtype, next, n);
+}
+
 FSM_INLINE span map_and_span_to(int log, fsm_dtype out_dtype, void *out, const void *x,
                                 fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
-#define CALL(DTYPE)                                                                    \
+#define CALL(DTYPE)                                                                       \
     if (log) return map_and_span_as(1, out_dtype, out, DTYPE, x, DTYPE, next, n, map); \
     return map_and_span_as(0, out_dtype, out, REAL_DTYPE, x, DTYPE, next, n, map)
     SWITCH_DTYPE(next_dtype, CALL);
@@ -81,12 +126,27 @@ FSM_INLINE int is_special(const fsm_state *st, int l) {
     return LANE(st->max)[l] - LANE(st->max)[l] != 0;
 }
 
+FSM_APART span map_and_span_nt(int log, real *out, const void *x, fsm_dtype next_dtype,
+                               const void *next, ptrdiff_t n, map_ref map, pending *p,
+                               int carries) {
+#define CALL(DTYPE)                                                                            \
+    if (log) return map_and_span_nt_as(1, out, DTYPE, x, DTYPE, next, n, map, p, carries);     \
+    return map_and_span_nt_as(0, out, REAL_DTYPE, x, DTYPE, next, n, map, p, carries)
+    SWITCH_DTYPE(next_dtype, CALL);
+#undef CALL
+}
+
 /* Long rows, one at a time: while the results of one are stored the next one comes from memory.
  * Returns how many rows have no finite maximum; softmax and log_softmax have filled them with NaN. */
 static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
     const int log = op == FSM_LOG_SOFTMAX, fine = w->n > EXACT_COARSE;
     const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
     const ptrdiff_t n = w->n;
+    /* not where an element of out may lie across two lines */
+    const int nontemporal = w->nontemporal && op != FSM_LOGSUMEXP && out_dtype == REAL_DTYPE &&
+                       ((uintptr_t)w->out | (uintptr_t)w->out_stride) % sizeof(real) == 0;
+    const int dense = w->out_stride == n * (ptrdiff_t)sizeof(real);
+    pending rest = {.count = 0};
     ptrdiff_t special = 0;
     fsm_state st;
     span next_span = row_span(x_dtype, w->x, n);
@@ -94,9 +154,9 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
         const char *x = w->x + r * w->x_stride;
         const char *next = r + 1 < w->rows ? x + w->x_stride : NULL;
         char *out = w->out + r * w->out_stride;
-        real *e = op != FSM_SOFTMAX         ? NULL
-                  : out_dtype == REAL_DTYPE ? (real *)out
-                                            : w->scratch; /* NULL: exp is computed twice */
+        real *e = op != FSM_SOFTMAX                         ? NULL
+                  : out_dtype == REAL_DTYPE && !nontemporal ? (real *)out
+                                                            : w->scratch;
         begin_state(&st, 1, n);
         LANE(st.max)[0] = next_span.max;
         LANE(st.min)[0] = next_span.min;
@@ -108,17 +168,24 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
         finish_pass(op, &st);
         const map_ref map = {LANE(st.value[0])[0], LANE(st.value[1])[0]};
         if (op == FSM_LOGSUMEXP) store_run(out, 0, out_dtype, LANE(st.value[0]), 1);
-        if (next && (log || e))
-            next_span =
-                map_and_span(log, out_dtype, out, e ? (const void *)e : x, x_dtype, next, n, map);
+        const void *from = e ? (const void *)e : x;
+        if (next && nontemporal)
+            next_span = map_and_span_nt(log, (real *)out, from, x_dtype, next, n, map, &rest,
+                                        dense && r + 2 < w->rows);
+        else if (next && (log || e))
+            next_span = map_and_span(log, out_dtype, out, from, x_dtype, next, n, map);
         else {
             if (e) row_map(out_dtype, out, REAL_DTYPE, e, n, 0, 0, ref, map);
             else if (op != FSM_LOGSUMEXP)
                 row_map(out_dtype, out, x_dtype, x, n, log, !log, ref, map);
             if (next) next_span = row_span(x_dtype, next, n);
         }
-        if (op != FSM_LOGSUMEXP && is_special(&st, 0)) fill_row(out_dtype, out, n, NAN);
+        if (op != FSM_LOGSUMEXP && is_special(&st, 0)) {
+            fill_row(out_dtype, out, n, NAN);
+            rest.count = 0;
+        }
     }
+    if (nontemporal) store_fence();
     return special;
 }
 
@@ -130,9 +197,13 @@ FSM_INLINE void middle_spans_as(fsm_dtype dtype, fsm_state *st, const char *x, p
     for (int l = 0; l < rows; l++) {
         running_max m = max_begin();
         ptrdiff_t i = 0;
-        FSM_UNROLL(2)
-        for (; i + VL <= n; i += VL)
-            max_add(&m, (int)(i / VL & 1), load_as(dtype, x + l * stride, i, VL, v_set1(0)));
+        for (; i + 2 * VL <= n; i += 2 * VL)
+            for (int j = 0; j < 2; j++)
+                max_add(&m, j, load_as(dtype, x + l * stride, i + j * VL, VL, v_set1(0)));
+        if (i + VL <= n) {
+            max_add(&m, 0, load_as(dtype, x + l * stride, i, VL, v_set1(0)));
+            i += VL;
+        }
         max_tail(&m, dtype, x + l * stride, i, n);
         most[l] = v_max(m.max[0], m.max[1]);
         least = v_min(v_min(m.min[0], m.min[1]), least);
@@ -227,7 +298,9 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
         special += st.special;
         for (int l = 0; l < rows; l++)
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + l * n;
-        exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st);
+        const char *ask =
+            r + block < w->rows && x_dtype == REAL_DTYPE ? x + block * w->x_stride : NULL;
+        exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask);
         middle_sums(hi, lo, e, rows, n);
         for (int g = 0; g < rows; g += VL) {
             middle_fold(&st.sum, g, hi + g, 0, (n + VL - 1) / VL);

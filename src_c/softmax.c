@@ -29,6 +29,7 @@ enum {
     CHUNK_BYTES = 1 << 16,   /* of a piece of a longer one */
     FUSED_BYTES = 1 << 13,   /* of fused rows at a time: a quarter of the nearest cache */
     FUSED_MOST = 1 << 14,    /* elements of a fused row */
+    CACHE_BYTES = 1 << 25,  /* of x and out that a last-level cache is not expected to hold */
     DIRECT_MOST = 1 << 18,   /* elements of a direct row; a longer one is worth being dealt */
     SLICE = 1 << 23          /* elements done between two looks at the signals: 10 ms or so */
 };
@@ -55,7 +56,7 @@ struct fsm_plan {
     dimension row[FSM_MAX_NDIM], axis[FSM_MAX_NDIM];
     ptrdiff_t rows, n;
 
-    int direct, fused, columns, wide, resident, labels, lanes;
+    int direct, fused, columns, wide, resident, nontemporal, labels, lanes;
     ptrdiff_t block;  /* fused: rows at a time */
     ptrdiff_t groups; /* of lanes along the last row dimension */
     ptrdiff_t units, chunk, chunks, slice;
@@ -148,6 +149,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->fused = whole && !plain && p->n <= FUSED_MOST;
 
     const ptrdiff_t most = SCRATCH_BYTES / p->real_size;
+    p->nontemporal = 0;
     p->lanes = 1;
     if (!p->direct && !p->fused && lane && lane->size > 1 && p->n < PTRDIFF_MAX / 4096 &&
         (lane->stride[FSM_X] < x_step || (p->n <= FSM_SHORT_ROW && lane->size >= 8))) {
@@ -176,8 +178,12 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
     p->chunks = (p->n + p->chunk - 1) / p->chunk;
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
-    if (p->direct && !p->wide && !p->labels)
-        p->scratch_elements = p->dtype[FSM_OUT] == p->compute ? 0 : p->n;
+    if (p->direct && !p->wide && !p->labels) {
+        p->nontemporal = p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_MIDDLE_ROW &&
+                    p->rows >= CACHE_BYTES / p->n /
+                                   (itemsize(p->dtype[FSM_X]) + itemsize(p->dtype[FSM_OUT]));
+        p->scratch_elements = p->dtype[FSM_OUT] == p->compute && !p->nontemporal ? 0 : p->n;
+    }
     p->columns = plain && p->op <= FSM_LOGSUMEXP && p->lanes > 1 && p->resident &&
                  p->axis_ndim <= 1 && is_native(p, p->dtype[FSM_X]) &&
                  is_native(p, p->dtype[FSM_OUT]) &&
@@ -514,7 +520,8 @@ static void direct_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
                                .n = p->n,
                                .x_dtype = p->dtype[FSM_X],
                                .out_dtype = p->dtype[FSM_OUT],
-                               .scratch = scratch_of(p, thread)};
+                               .scratch = scratch_of(p, thread),
+                               .nontemporal = p->nontemporal};
         p->kernels->rows(p->op, &rows);
     }
 }

@@ -5,6 +5,8 @@
  *     vec, ivec          a vector of FSM_TYPE, and of integers of the same width; VL lanes
  *     v_load, v_store    contiguous, any alignment; _n: the first n < VL lanes only, the others are
  *                        read as `fill` and no byte of them is touched
+ *     v_store_nt           v_store past the caches, to where p is a multiple of the vector; after the
+ *                        last one store_fence(), before another thread may look
  *     v_fma(a, b, c)     a * b + c; v_fms: a * b - c; v_fnma: c - a * b; each rounded once
  *     v_add_m(a, b)      a + b, done by the multipliers where these and the adders are apart (AMD
  *                        Zen): balances a loop full of additions
@@ -62,6 +64,7 @@
 #define v_set1 FSM_NAME(set1)
 #define v_load FSM_NAME(load)
 #define v_store FSM_NAME(store)
+#define v_store_nt FSM_NAME(store_nt)
 #define v_load_n FSM_NAME(load_n)
 #define v_store_n FSM_NAME(store_n)
 #define v_add FSM_NAME(add)

@@ -23,6 +23,7 @@ FSM_INLINE __m256i f64_first(ptrdiff_t n) {
 FSM_INLINE f32_vec f32_set1(float a) { return _mm256_set1_ps(a); }
 FSM_INLINE f32_vec f32_load(const void *p) { return _mm256_loadu_ps(p); }
 FSM_INLINE void f32_store(void *p, f32_vec a) { _mm256_storeu_ps(p, a); }
+FSM_INLINE void f32_store_nt(void *p, f32_vec a) { _mm256_stream_ps(p, a); }
 FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
     __m256i m = f32_first(n);
     return _mm256_blendv_ps(fill, _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));
@@ -91,6 +92,8 @@ FSM_INLINE int64_t f32_sum_int(f32_ivec a) {
 FSM_INLINE f64_vec f64_set1(double a) { return _mm256_set1_pd(a); }
 FSM_INLINE f64_vec f64_load(const void *p) { return _mm256_loadu_pd(p); }
 FSM_INLINE void f64_store(void *p, f64_vec a) { _mm256_storeu_pd(p, a); }
+FSM_INLINE void f64_store_nt(void *p, f64_vec a) { _mm256_stream_pd(p, a); }
+FSM_INLINE void store_fence(void) { _mm_sfence(); }
 FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) {
     __m256i m = f64_first(n);
     return _mm256_blendv_pd(fill, _mm256_maskload_pd(p, m), _mm256_castsi256_pd(m));

@@ -18,6 +18,7 @@ FSM_INLINE __mmask8 f64_first(ptrdiff_t n) { return (__mmask8)((1u << n) - 1); }
 FSM_INLINE f32_vec f32_set1(float a) { return _mm512_set1_ps(a); }
 FSM_INLINE f32_vec f32_load(const void *p) { return _mm512_loadu_ps(p); }
 FSM_INLINE void f32_store(void *p, f32_vec a) { _mm512_storeu_ps(p, a); }
+FSM_INLINE void f32_store_nt(void *p, f32_vec a) { _mm512_stream_ps(p, a); }
 FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
     return _mm512_mask_loadu_ps(fill, f32_first(n), p);
 }
@@ -73,6 +74,8 @@ FSM_INLINE int64_t f32_sum_int(f32_ivec a) {
 FSM_INLINE f64_vec f64_set1(double a) { return _mm512_set1_pd(a); }
 FSM_INLINE f64_vec f64_load(const void *p) { return _mm512_loadu_pd(p); }
 FSM_INLINE void f64_store(void *p, f64_vec a) { _mm512_storeu_pd(p, a); }
+FSM_INLINE void f64_store_nt(void *p, f64_vec a) { _mm512_stream_pd(p, a); }
+FSM_INLINE void store_fence(void) { _mm_sfence(); }
 FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) {
     return _mm512_mask_loadu_pd(fill, f64_first(n), p);
 }

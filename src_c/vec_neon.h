@@ -27,6 +27,7 @@ FSM_INLINE f32_vec f32_load(const void *p) {
     return a;
 }
 FSM_INLINE void f32_store(void *p, f32_vec a) { memcpy(p, &a, sizeof a); }
+FSM_INLINE void f32_store_nt(void *p, f32_vec a) { f32_store(p, a); }
 FSM_INLINE f32_vec f32_load_n(const void *p, ptrdiff_t n, f32_vec fill) {
     copy_first(&fill, p, n, 3, 4);
     return fill;
@@ -80,6 +81,8 @@ FSM_INLINE f64_vec f64_load(const void *p) {
     return a;
 }
 FSM_INLINE void f64_store(void *p, f64_vec a) { memcpy(p, &a, sizeof a); }
+FSM_INLINE void f64_store_nt(void *p, f64_vec a) { f64_store(p, a); }
+FSM_INLINE void store_fence(void) {}
 FSM_INLINE f64_vec f64_load_n(const void *p, ptrdiff_t n, f64_vec fill) {
     copy_first(&fill, p, n, 1, 8);
     return fill;

@@ -21,6 +21,7 @@ typedef int64_t f64_ivec;
         return a;                                                                         \
     }                                                                                     \
     FSM_INLINE void T##_store(void *p, REAL a) { memcpy(p, &a, sizeof a); }               \
+    FSM_INLINE void T##_store_nt(void *p, REAL a) { T##_store(p, a); }                      \
     FSM_INLINE REAL T##_load_n(const void *p, ptrdiff_t n, REAL fill) {                   \
         return n ? T##_load(p) : fill;                                                    \
     }                                                                                     \
@@ -73,6 +74,7 @@ FSM_INLINE float f32_exp2(float n) {
 FSM_INLINE double f64_load_int(const int64_t *p) { return (double)*p; }
 FSM_INLINE double f64_load_f32(const float *p) { return *p; }
 FSM_INLINE void f64_store_f32(float *p, double a) { *p = (float)a; }
+FSM_INLINE void store_fence(void) {}
 FSM_INLINE double f64_exp2(double n) {
     return f64_from_bits((uint64_t)f64_bits(n + (0x1.8p52 + 1023 + 768)) << 52) * 0x1p-768;
 }

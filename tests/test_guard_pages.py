@@ -170,6 +170,26 @@ def test_one_long_row(isa, pages):
                         assert_same_bits(out, fs.softmax(normal(n, dtype)), (n, at, threads))
 
 
+@both_ends
+def test_results_past_the_caches(isa, at):
+    """So many that they are stored a whole line at a time, one in which a row ends, too."""
+    half, few = 1 << 24, 97  # bytes of the smallest x and out of the kind; rows, repeated
+    past = {name: GuardedPages(half + (1 << 21)) for name in ("x", "out")}
+    for dtype, n in ((F32, 129), (F32, 136), (F32, 1000), (F64, 1025)):
+        rows = normal((few, n), dtype, 3.0)
+        rows[3, 5], rows[50] = np.nan, -np.inf
+        times = half // rows.nbytes + 1
+        x = past["x"].copy_of(np.tile(rows, (times, 1)), at)
+        for function, gap in ((fs.softmax, 0), (fs.log_softmax, 0), (fs.softmax, 3)):
+            whole = past["out"].array((len(x), n + gap), dtype, at)
+            whole[:, n:] = 7
+            function(x, out=whole[:, :n])
+            got = whole[:, :n].reshape(times, few, n)
+            want = np.broadcast_to(function(rows), got.shape)
+            assert_same_bits(got, want, (dtype, n, gap, function.__name__))
+            assert (whole[:, n:] == 7).all(), "wrote between the rows of out"
+
+
 @pytest.mark.parametrize("at, beyond", [("end", 40), ("start", -4)])
 def test_the_guard_bites(at, beyond):
     """If this fails the tests above prove nothing."""
