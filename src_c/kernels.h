@@ -95,7 +95,8 @@ typedef struct {
     /* Where exp goes if out has another type, or is not to be read (nontemporal): n elements of the
      * compute type. NULL otherwise: exp is computed twice. */
     void *scratch;
-    int nontemporal; /* the results are too many for the caches: they need not pass them */
+    /* The results are to go past the caches; they have the compute type, and its alignment. */
+    int nontemporal;
 } fsm_rows;
 
 /* An operand of attention at one leading index and one KV head: its first element, NULL if it is

@@ -35,12 +35,6 @@ FSM_INLINE void finish_pass(fsm_op op, fsm_state *st) {
     else finish_logsumexp(st);
 }
 
-/* The beginning of a line of out, not stored yet. */
-typedef struct {
-    real line[LINE];
-    ptrdiff_t count;
-} pending;
-
 static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
     for (ptrdiff_t i = 0; i < n; i += VL)
         store_as(dtype, out, i, n - i < VL ? n - i : VL, v_set1(value));
@@ -68,6 +62,29 @@ FSM_INLINE span map_and_span_as(int log, fsm_dtype out_dtype, void *out, fsm_dty
     }
     return max_end(&m, next_dtype, next, n);
 }
+
+FSM_INLINE span map_and_span_to(int log, fsm_dtype out_dtype, void *out, const void *x,
+                                fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
+#define CALL(DTYPE)                                                                       \
+    if (log) return map_and_span_as(1, out_dtype, out, DTYPE, x, DTYPE, next, n, map); \
+    return map_and_span_as(0, out_dtype, out, REAL_DTYPE, x, DTYPE, next, n, map)
+    SWITCH_DTYPE(next_dtype, CALL);
+#undef CALL
+}
+
+/* x is e, or with log a logit and of the next row's dtype. */
+FSM_APART span map_and_span(int log, fsm_dtype out_dtype, void *out, const void *x,
+                            fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
+#define CALL(DTYPE) return map_and_span_to(log, DTYPE, out, x, next_dtype, next, n, map)
+    SWITCH_DTYPE(out_dtype, CALL);
+#undef CALL
+}
+
+/* The beginning of a line of out, not stored yet. */
+typedef struct {
+    real line[LINE];
+    ptrdiff_t count;
+} pending;
 
 /* The same past the caches, a whole line at a time: one that is written partly so, partly not, costs
  * more than it saves. The line in which a row ends is carried over to the next row, in `line`. */
@@ -105,27 +122,6 @@ FSM_INLINE span map_and_span_nt_as(int log, real *out, fsm_dtype dtype, const vo
     return max_end(&m, next_dtype, next, n);
 }
 
-FSM_INLINE span map_and_span_to(int log, fsm_dtype out_dtype, void *out, const void *x,
-                                fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
-#define CALL(DTYPE)                                                                       \
-    if (log) return map_and_span_as(1, out_dtype, out, DTYPE, x, DTYPE, next, n, map); \
-    return map_and_span_as(0, out_dtype, out, REAL_DTYPE, x, DTYPE, next, n, map)
-    SWITCH_DTYPE(next_dtype, CALL);
-#undef CALL
-}
-
-/* x is e, or with log a logit and of the next row's dtype. */
-FSM_APART span map_and_span(int log, fsm_dtype out_dtype, void *out, const void *x,
-                            fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
-#define CALL(DTYPE) return map_and_span_to(log, DTYPE, out, x, next_dtype, next, n, map)
-    SWITCH_DTYPE(out_dtype, CALL);
-#undef CALL
-}
-
-FSM_INLINE int is_special(const fsm_state *st, int l) {
-    return LANE(st->max)[l] - LANE(st->max)[l] != 0;
-}
-
 FSM_APART span map_and_span_nt(int log, real *out, const void *x, fsm_dtype next_dtype,
                                const void *next, ptrdiff_t n, map_ref map, pending *p,
                                int carries) {
@@ -136,15 +132,17 @@ FSM_APART span map_and_span_nt(int log, real *out, const void *x, fsm_dtype next
 #undef CALL
 }
 
+FSM_INLINE int is_special(const fsm_state *st, int l) {
+    return LANE(st->max)[l] - LANE(st->max)[l] != 0;
+}
+
 /* Long rows, one at a time: while the results of one are stored the next one comes from memory.
  * Returns how many rows have no finite maximum; softmax and log_softmax have filled them with NaN. */
 static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
     const int log = op == FSM_LOG_SOFTMAX, fine = w->n > EXACT_COARSE;
     const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
     const ptrdiff_t n = w->n;
-    /* not where an element of out may lie across two lines */
-    const int nontemporal = w->nontemporal && op != FSM_LOGSUMEXP && out_dtype == REAL_DTYPE &&
-                       ((uintptr_t)w->out | (uintptr_t)w->out_stride) % sizeof(real) == 0;
+    const int nontemporal = w->nontemporal;
     const int dense = w->out_stride == n * (ptrdiff_t)sizeof(real);
     pending rest = {.count = 0};
     ptrdiff_t special = 0;
@@ -175,9 +173,9 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
         else if (next && (log || e))
             next_span = map_and_span(log, out_dtype, out, from, x_dtype, next, n, map);
         else {
-            if (e) row_map(out_dtype, out, REAL_DTYPE, e, n, 0, 0, ref, map);
-            else if (op != FSM_LOGSUMEXP)
-                row_map(out_dtype, out, x_dtype, x, n, log, !log, ref, map);
+            if (e || log) row_map(out_dtype, out, x_dtype, from, n, log, map);
+            else if (op == FSM_SOFTMAX)
+                exp_map(out_dtype, out, x_dtype, x, n, ref, st.normal, map);
             if (next) next_span = row_span(x_dtype, next, n);
         }
         if (op != FSM_LOGSUMEXP && is_special(&st, 0)) {
@@ -256,7 +254,7 @@ FSM_INLINE void middle_maps_as(int log, fsm_dtype out_dtype, char *out, ptrdiff_
                                const fsm_state *st) {
     for (int l = 0; l < rows; l++) {
         const map_ref map = {LANE(st->value[0])[l], LANE(st->value[1])[l]};
-        row_map_as(out_dtype, out + l * out_stride, dtype, from[l], n, log, 0, (exp_ref){0}, map);
+        row_map_as(out_dtype, out + l * out_stride, dtype, from[l], n, log, map);
     }
 }
 

@@ -133,6 +133,17 @@ static int is_native(const fsm_plan *p, fsm_dtype dtype) {
                                  : dtype == FSM_F16 || dtype == FSM_BF16 || dtype == FSM_F32;
 }
 
+/* Whether there are so many results that they had better go past the caches: what is read next, and
+ * not what was written, is then found there. Not in place, where each line is in a cache anyway. */
+static int fills_the_caches(const fsm_plan *p) {
+    const double size = (double)(itemsize(p->dtype[FSM_X]) + itemsize(p->dtype[FSM_OUT]));
+    ptrdiff_t bits = (ptrdiff_t)(uintptr_t)p->data[FSM_OUT]; /* of all addresses of rows */
+    for (int d = 0; d < p->row_ndim; d++) bits |= p->row[d].stride[FSM_OUT];
+    return p->pass->map && p->dtype[FSM_OUT] == p->compute && bits % p->real_size == 0 &&
+           p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_MIDDLE_ROW &&
+           (double)p->rows * (double)p->n * size >= CACHE_BYTES;
+}
+
 static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     const dimension *axis = p->axis_ndim ? &p->axis[p->axis_ndim - 1] : NULL;
     const dimension *lane = p->row_ndim ? &p->row[p->row_ndim - 1] : NULL;
@@ -149,7 +160,6 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->fused = whole && !plain && p->n <= FUSED_MOST;
 
     const ptrdiff_t most = SCRATCH_BYTES / p->real_size;
-    p->nontemporal = 0;
     p->lanes = 1;
     if (!p->direct && !p->fused && lane && lane->size > 1 && p->n < PTRDIFF_MAX / 4096 &&
         (lane->stride[FSM_X] < x_step || (p->n <= FSM_SHORT_ROW && lane->size >= 8))) {
@@ -178,10 +188,9 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
     p->chunks = (p->n + p->chunk - 1) / p->chunk;
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
+    p->nontemporal = 0;
     if (p->direct && !p->wide && !p->labels) {
-        p->nontemporal = p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_MIDDLE_ROW &&
-                    p->rows >= CACHE_BYTES / p->n /
-                                   (itemsize(p->dtype[FSM_X]) + itemsize(p->dtype[FSM_OUT]));
+        p->nontemporal = fills_the_caches(p);
         p->scratch_elements = p->dtype[FSM_OUT] == p->compute && !p->nontemporal ? 0 : p->n;
     }
     p->columns = plain && p->op <= FSM_LOGSUMEXP && p->lanes > 1 && p->resident &&
@@ -628,9 +637,12 @@ static void whole_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
 
 static void wide_chunks(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const fsm_plan *p = context;
-    for (ptrdiff_t c = begin + p->next_chunk; c < end + p->next_chunk; c++)
+    for (ptrdiff_t i = begin + p->next_chunk; i < end + p->next_chunk; i++) {
+        /* every other pass goes back: it begins with what the caches still hold */
+        const ptrdiff_t c = p->pass_at == PASS_SUM ? p->chunks - 1 - i : i;
         do_pass(p, &p->place, p->pass_at, &p->states[1 + thread], c * p->chunk,
                 least((c + 1) * p->chunk, p->n), scratch_of(p, thread), 0);
+    }
 }
 
 /* A slice of one pass of one wide unit. */

@@ -26,6 +26,7 @@
 #define row_map FSM_NAME(row_map)
 #define row_map_as FSM_NAME(row_map_as)
 #define row_map_to FSM_NAME(row_map_to)
+#define exp_map FSM_NAME(exp_map)
 #define lane_sum FSM_NAME(lane_sum)
 #define lane_sum_as FSM_NAME(lane_sum_as)
 #define lane_map FSM_NAME(lane_map)
@@ -343,41 +344,46 @@ FSM_INLINE map_ref normaliser(const fsm_exact_sum *sum, int lane) {
 #endif
 }
 
-/* x -> out; with exp != 0, x is a logit yet and e = exp(x) comes first. */
+/* x -> out; x is e, of the compute type, or with log a logit. */
 FSM_INLINE void row_map_as(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x,
-                           ptrdiff_t n, int log, int exp, exp_ref ref, map_ref map) {
-    const exp_vref r = exp_broadcast(ref);
+                           ptrdiff_t n, int log, map_ref map) {
     const map_vref mr = {v_set1(map.a), v_set1(map.b)};
     ptrdiff_t i = 0;
     for (; i + 4 * VL <= n; i += 4 * VL)
         for (int j = 0; j < 4; j++) {
-            vec a = load_as(dtype, x, i + j * VL, VL, v_set1(0));
-            store_as(out_dtype, out, i + j * VL, VL,
-                     map_vec(log, exp ? exp_vec(a, r, 1, 0) : a, mr));
+            const vec a = load_as(dtype, x, i + j * VL, VL, v_set1(0));
+            store_as(out_dtype, out, i + j * VL, VL, map_vec(log, a, mr));
         }
     for (; i < n; i += VL) {
         const ptrdiff_t k = n - i < VL ? n - i : VL;
-        vec a = load_as(dtype, x, i, k, v_set1(0));
-        store_as(out_dtype, out, i, k, map_vec(log, exp ? exp_vec(a, r, 1, 0) : a, mr));
+        store_as(out_dtype, out, i, k, map_vec(log, load_as(dtype, x, i, k, v_set1(0)), mr));
     }
 }
 
 FSM_INLINE void row_map_to(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x,
-                           ptrdiff_t n, int log, int exp, exp_ref ref, map_ref map) {
-#define CALL(DTYPE)                                                   \
-    if (log) row_map_as(out_dtype, out, DTYPE, x, n, 1, 0, ref, map); \
-    else row_map_as(out_dtype, out, DTYPE, x, n, 0, 1, ref, map)
-    /* without log and exp x is e, of the compute type */
-    if (!log && !exp) row_map_as(out_dtype, out, REAL_DTYPE, x, n, 0, 0, ref, map);
+                           ptrdiff_t n, int log, map_ref map) {
+#define CALL(DTYPE) row_map_as(out_dtype, out, DTYPE, x, n, 1, map)
+    if (!log) row_map_as(out_dtype, out, REAL_DTYPE, x, n, 0, map);
     else SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
 
 FSM_APART void row_map(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n,
-                       int log, int exp, exp_ref ref, map_ref map) {
-#define CALL(DTYPE) row_map_to(DTYPE, out, dtype, x, n, log, exp, ref, map)
+                       int log, map_ref map) {
+#define CALL(DTYPE) row_map_to(DTYPE, out, dtype, x, n, log, map)
     SWITCH_DTYPE(out_dtype, CALL);
 #undef CALL
+}
+
+/* The map of softmax where exp was not kept: it is computed again, in blocks. */
+static void exp_map(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n,
+                    exp_ref ref, int normal, map_ref map) {
+    real e[FSM_BLOCK];
+    for (ptrdiff_t i = 0; i < n; i += FSM_BLOCK) {
+        const ptrdiff_t k = n - i < FSM_BLOCK ? n - i : FSM_BLOCK;
+        exp_run(dtype, e, (const char *)x + i * float_size(dtype), k, ref, normal, NULL);
+        row_map(out_dtype, (char *)out + i * float_size(out_dtype), REAL_DTYPE, e, k, 0, map);
+    }
 }
 
 FSM_INLINE void lane_map(const fsm_state *st, real *out, const real *x, ptrdiff_t n, int log,
@@ -526,15 +532,15 @@ static void map_softmax(const fsm_state *st, const fsm_tile *t) {
     if (st->lanes == 1) {
         exp_ref r = row_ref(st, 0);
         map_ref m = {LANE(st->value[0])[0], LANE(st->value[1])[0]};
-        if (t->e) row_map(t->out_dtype, t->out, REAL_DTYPE, t->e, t->n, 0, 0, r, m);
-        else row_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, 0, 1, r, m);
+        if (t->e) row_map(t->out_dtype, t->out, REAL_DTYPE, t->e, t->n, 0, m);
+        else exp_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, r, st->normal, m);
     } else if (t->e) lane_map(st, t->out, t->e, t->n, 0, 0);
     else lane_map(st, t->out, t->x, t->n, 0, 1);
 }
 
 static void map_log_softmax(const fsm_state *st, const fsm_tile *t) {
     if (st->lanes == 1)
-        row_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, 1, 0, (exp_ref){0},
+        row_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, 1,
                 (map_ref){LANE(st->value[0])[0], LANE(st->value[1])[0]});
     else lane_map(st, t->out, t->x, t->n, 1, 0);
 }
