@@ -8,6 +8,9 @@
 #define columns_in FSM_NAME(columns_in)
 #define columns_out_as FSM_NAME(columns_out_as)
 #define columns_out FSM_NAME(columns_out)
+#define columns_few_as FSM_NAME(columns_few_as)
+#define columns_few_to FSM_NAME(columns_few_to)
+#define columns_few FSM_NAME(columns_few)
 #define columns_all FSM_NAME(columns_all)
 
 /* Copies elements [begin, end) of the columns to the tile, and asks for those that follow. */
@@ -68,9 +71,42 @@ FSM_APART void columns_out(fsm_dtype dtype, const fsm_state *st, const real *til
 #undef CALL
 }
 
+/* Softmax of columns of a few elements. */
+FSM_INLINE void columns_few_as(fsm_dtype x_dtype, fsm_dtype out_dtype, const fsm_columns *c) {
+    const int lanes = (c->rows + VL - 1) / VL * VL;
+    real *tile = c->tile;
+    for (ptrdiff_t i = 0; i < c->n; i++)
+        for (int g = 0; g < lanes; g += VL) {
+            const int k = c->rows - g < VL ? c->rows - g : VL;
+            v_store(tile + i * lanes + g, load_as(x_dtype, c->x + i * c->x_step, g, k, v_set1(0)));
+        }
+    few_softmax(tile, lanes, c->n);
+    for (ptrdiff_t i = 0; i < c->n; i++)
+        for (int g = 0; g < lanes; g += VL) {
+            const int k = c->rows - g < VL ? c->rows - g : VL;
+            store_as(out_dtype, c->out + i * c->out_step, g, k, v_load(tile + i * lanes + g));
+        }
+}
+
+FSM_INLINE void columns_few_to(fsm_dtype out_dtype, const fsm_columns *c) {
+#define CALL(DTYPE) columns_few_as(DTYPE, out_dtype, c)
+    SWITCH_DTYPE(c->x_dtype, CALL);
+#undef CALL
+}
+
+FSM_APART void columns_few(const fsm_columns *c) {
+#define CALL(DTYPE) columns_few_to(DTYPE, c)
+    SWITCH_DTYPE(c->out_dtype, CALL);
+#undef CALL
+}
+
 static void columns_all(fsm_op op, const fsm_columns *c) {
     fsm_state st;
     real *tile = c->tile;
+    if (op == FSM_SOFTMAX && c->n <= FSM_SHORT_ROW) {
+        columns_few(c);
+        return;
+    }
     begin_state(&st, (c->rows + FSM_LANE_QUANTUM - 1) / FSM_LANE_QUANTUM * FSM_LANE_QUANTUM, c->n);
     columns_in(c->x_dtype, &st, tile, c);
     const fsm_tile t = {.n = c->n, .x = tile, .e = op == FSM_SOFTMAX ? tile : NULL};

@@ -7,7 +7,6 @@
 #define map_and_span_nt FSM_NAME(map_and_span_nt)
 #define map_and_span_nt_as FSM_NAME(map_and_span_nt_as)
 #define pending FSM_NAME(pending)
-#define is_special FSM_NAME(is_special)
 #define rows_middle FSM_NAME(rows_middle)
 #define middle_spans FSM_NAME(middle_spans)
 #define middle_spans_as FSM_NAME(middle_spans_as)
@@ -17,28 +16,10 @@
 #define middle_maps FSM_NAME(middle_maps)
 #define middle_fold FSM_NAME(middle_fold)
 #define rows_long FSM_NAME(rows_long)
-#define rows_short FSM_NAME(rows_short)
 #define rows_all FSM_NAME(rows_all)
-#define transpose_in_as FSM_NAME(transpose_in_as)
-#define transpose_out_as FSM_NAME(transpose_out_as)
-#define transpose_in FSM_NAME(transpose_in)
-#define transpose_out FSM_NAME(transpose_out)
-#define fill_row FSM_NAME(fill_row)
 #define fuse_rows FSM_NAME(fuse_rows)
 #define fuse_rows_as FSM_NAME(fuse_rows_as)
-#define finish_pass FSM_NAME(finish_pass)
 #define exp_array FSM_NAME(exp_array)
-
-FSM_INLINE void finish_pass(fsm_op op, fsm_state *st) {
-    if (op == FSM_SOFTMAX) finish_softmax(st);
-    else if (op == FSM_LOG_SOFTMAX) finish_log_softmax(st);
-    else finish_logsumexp(st);
-}
-
-static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
-    for (ptrdiff_t i = 0; i < n; i += VL)
-        store_as(dtype, out, i, n - i < VL ? n - i : VL, v_set1(value));
-}
 
 /* The map of a row, from x or e, bound by its stores, and the extrema of another, bound by its loads,
  * in one loop: they run at once. */
@@ -65,7 +46,7 @@ FSM_INLINE span map_and_span_as(int log, fsm_dtype out_dtype, void *out, fsm_dty
 
 FSM_INLINE span map_and_span_to(int log, fsm_dtype out_dtype, void *out, const void *x,
                                 fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
-#define CALL(DTYPE)                                                                       \
+#define CALL(DTYPE)                                                                    \
     if (log) return map_and_span_as(1, out_dtype, out, DTYPE, x, DTYPE, next, n, map); \
     return map_and_span_as(0, out_dtype, out, REAL_DTYPE, x, DTYPE, next, n, map)
     SWITCH_DTYPE(next_dtype, CALL);
@@ -104,13 +85,12 @@ FSM_INLINE span map_and_span_nt_as(int log, real *out, fsm_dtype dtype, const vo
     if (p->count + head == LINE)
         for (int j = 0; j < LINE; j += VL) v_store_nt(out + head - LINE + j, v_load(p->line + j));
     else memcpy(out, p->line + LINE - head, (size_t)head * sizeof(real));
-    for (i = head; i + LINE <= n; i += LINE)
-        FSM_UNROLL(8)
-        for (int j = 0; j < LINE; j += VL) {
-            const vec a = load_as(dtype, x, i + j, VL, v_set1(0));
-            max_add(&m, j / VL & 3, load_as(next_dtype, next, i + j, VL, v_set1(0)));
-            v_store_nt(out + i + j, map_vec(log, a, mr));
-        }
+    for (i = head; i + LINE <= n; i += LINE) FSM_UNROLL(8)
+    for (int j = 0; j < LINE; j += VL) {
+        const vec a = load_as(dtype, x, i + j, VL, v_set1(0));
+        max_add(&m, j / VL & 3, load_as(next_dtype, next, i + j, VL, v_set1(0)));
+        v_store_nt(out + i + j, map_vec(log, a, mr));
+    }
     p->count = carries ? n - i : 0;
     real *tail = carries ? p->line : out + i;
     for (ptrdiff_t j = 0; i < n; i += VL, j += VL) {
@@ -125,15 +105,11 @@ FSM_INLINE span map_and_span_nt_as(int log, real *out, fsm_dtype dtype, const vo
 FSM_APART span map_and_span_nt(int log, real *out, const void *x, fsm_dtype next_dtype,
                                const void *next, ptrdiff_t n, map_ref map, pending *p,
                                int carries) {
-#define CALL(DTYPE)                                                                            \
-    if (log) return map_and_span_nt_as(1, out, DTYPE, x, DTYPE, next, n, map, p, carries);     \
+#define CALL(DTYPE)                                                                        \
+    if (log) return map_and_span_nt_as(1, out, DTYPE, x, DTYPE, next, n, map, p, carries); \
     return map_and_span_nt_as(0, out, REAL_DTYPE, x, DTYPE, next, n, map, p, carries)
     SWITCH_DTYPE(next_dtype, CALL);
 #undef CALL
-}
-
-FSM_INLINE int is_special(const fsm_state *st, int l) {
-    return LANE(st->max)[l] - LANE(st->max)[l] != 0;
 }
 
 /* Long rows, one at a time: while the results of one are stored the next one comes from memory.
@@ -174,8 +150,7 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
             next_span = map_and_span(log, out_dtype, out, from, x_dtype, next, n, map);
         else {
             if (e || log) row_map(out_dtype, out, x_dtype, from, n, log, map);
-            else if (op == FSM_SOFTMAX)
-                exp_map(out_dtype, out, x_dtype, x, n, ref, st.normal, map);
+            else if (op == FSM_SOFTMAX) exp_map(out_dtype, out, x_dtype, x, n, ref, st.normal, map);
             if (next) next_span = row_span(x_dtype, next, n);
         }
         if (op != FSM_LOGSUMEXP && is_special(&st, 0)) {
@@ -318,86 +293,9 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
     return special;
 }
 
-/* `rows` rows of n elements into a tile of `lanes` lanes, and back, in squares of VL; lanes without
- * a row become 0. */
-FSM_INLINE void transpose_in_as(fsm_dtype dtype, real *tile, int lanes, const char *x,
-                                ptrdiff_t stride, int rows, ptrdiff_t n) {
-    for (int g = 0; g < lanes; g += VL)
-        for (ptrdiff_t i = 0; i < n; i += VL) {
-            const ptrdiff_t k = n - i < VL ? n - i : VL;
-            vec a[VL];
-            for (int l = 0; l < VL; l++)
-                a[l] = g + l < rows ? load_as(dtype, x + (g + l) * stride, i, k, v_set1(0))
-                                    : v_set1(0);
-            v_transpose(a);
-            for (int l = 0; l < VL; l++)
-                if (l < k) v_store(tile + (i + l) * lanes + g, a[l]);
-        }
-}
-
-FSM_APART void transpose_in(fsm_dtype dtype, real *tile, int lanes, const char *x, ptrdiff_t stride,
-                            int rows, ptrdiff_t n) {
-#define CALL(DTYPE) transpose_in_as(DTYPE, tile, lanes, x, stride, rows, n)
-    SWITCH_DTYPE(dtype, CALL);
-#undef CALL
-}
-
-FSM_INLINE void transpose_out_as(fsm_dtype dtype, const real *tile, int lanes, char *out,
-                                 ptrdiff_t stride, int rows, ptrdiff_t n) {
-    for (int g = 0; g < lanes; g += VL)
-        for (ptrdiff_t i = 0; i < n; i += VL) {
-            const ptrdiff_t k = n - i < VL ? n - i : VL;
-            vec a[VL];
-            for (int l = 0; l < VL; l++) a[l] = v_load(tile + (i + (l < k ? l : 0)) * lanes + g);
-            v_transpose(a);
-            for (int l = 0; l < VL; l++)
-                if (g + l < rows) store_as(dtype, out + (g + l) * stride, i, k, a[l]);
-        }
-}
-
-FSM_APART void transpose_out(fsm_dtype dtype, const real *tile, int lanes, char *out,
-                             ptrdiff_t stride, int rows, ptrdiff_t n) {
-#define CALL(DTYPE) transpose_out_as(DTYPE, tile, lanes, out, stride, rows, n)
-    SWITCH_DTYPE(dtype, CALL);
-#undef CALL
-}
-
-/* Rows of a few elements: a vector along one would be mostly empty and its reductions would cost
- * more than the row. Lanes are rows. Returns what rows_long does. */
-static ptrdiff_t rows_short(fsm_op op, const fsm_rows *w) {
-    const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
-    ptrdiff_t special = 0;
-    fsm_state st;
-    real tile[FSM_SHORT_ROW * FSM_LANES];
-    for (ptrdiff_t r = 0; r < w->rows; r += FSM_LANES) {
-        const int rows = w->rows - r < FSM_LANES ? (int)(w->rows - r) : FSM_LANES;
-        const int lanes = (rows + FSM_LANE_QUANTUM - 1) / FSM_LANE_QUANTUM * FSM_LANE_QUANTUM;
-        char *out = w->out + r * w->out_stride;
-        fsm_tile t = {
-            .n = w->n, .x = tile, .x_dtype = REAL_DTYPE, .out = tile, .out_dtype = REAL_DTYPE};
-        if (op == FSM_SOFTMAX) t.e = tile;
-        transpose_in(x_dtype, tile, lanes, w->x + r * w->x_stride, w->x_stride, rows, w->n);
-        begin_state(&st, lanes, w->n);
-        max_pass(&st, &t);
-        reference_pass(&st);
-        special += st.special;
-        sum_pass(&st, &t);
-        finish_pass(op, &st);
-        if (op == FSM_LOGSUMEXP) {
-            store_run(out, w->out_stride, out_dtype, LANE(st.value[0]), rows);
-            continue;
-        }
-        if (op == FSM_SOFTMAX) map_softmax(&st, &t);
-        else map_log_softmax(&st, &t);
-        transpose_out(out_dtype, tile, lanes, out, w->out_stride, rows, w->n);
-        for (int l = 0; l < rows && st.special; l++)
-            if (is_special(&st, l)) fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
-    }
-    return special;
-}
-
 static ptrdiff_t rows_all(fsm_op op, const fsm_rows *w) {
-    if (w->rows >= 4 && w->n <= FSM_SHORT_ROW) return rows_short(op, w);
+    if (w->rows >= 4 && w->n <= FSM_SHORT_ROW)
+        return op == FSM_SOFTMAX ? rows_few(w) : rows_short(op, w);
     if (w->rows >= 4 && w->n <= FSM_MIDDLE_ROW) return rows_middle(op, w);
     return rows_long(op, w);
 }

@@ -6,6 +6,7 @@
 #include "backward.inc.h"
 #include "weighted.inc.h"
 #include "loss.inc.h"
+#include "short.inc.h"
 #include "rows.inc.h"
 #include "columns.inc.h"
 #include "score.inc.h"

@@ -21,6 +21,7 @@
  *     v_canon(a)         a, its NaNs made the canonical one
  *     v_sum_int          the sum of the lanes of an ivec, as signed integers, in 64 bits
  *     f64_load_int       f64_VL integers of 64 bits, of less than 2^51, as float64
+ *     f64_load_i32       the same of 32 bits
  *     f64_load_f32, f64_store_f32   f64_VL elements of float32, widened and rounded
  *     v_transpose        VL vectors as a square matrix
  *     ACC_ROWS           times 3 vectors, and 4 more, fit the registers: the tile of a matrix product

@@ -123,6 +123,9 @@ FSM_INLINE f64_vec f64_load_int(const int64_t *p) { /* the bits of 1.5 * 2^52 + 
     return _mm256_sub_pd(_mm256_castsi256_pd(_mm256_add_epi64(a, _mm256_castpd_si256(magic))),
                          magic);
 }
+FSM_INLINE f64_vec f64_load_i32(const int32_t *p) {
+    return _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)p));
+}
 FSM_INLINE f64_vec f64_load_f32(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 FSM_INLINE void f64_store_f32(float *p, f64_vec a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
 FSM_INLINE f64_vec f64_exp2(f64_vec n) {

@@ -101,6 +101,9 @@ FSM_INLINE f64_vec f64_abs(f64_vec a) { return _mm512_abs_pd(a); }
 FSM_INLINE f64_vec f64_load_int(const int64_t *p) {
     return _mm512_cvtepi64_pd(_mm512_loadu_si512(p));
 }
+FSM_INLINE f64_vec f64_load_i32(const int32_t *p) {
+    return _mm512_cvtepi32_pd(_mm256_loadu_si256((const __m256i *)p));
+}
 FSM_INLINE f64_vec f64_load_f32(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 FSM_INLINE void f64_store_f32(float *p, f64_vec a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
 FSM_INLINE f64_vec f64_exp2(f64_vec n) { return _mm512_scalef_pd(_mm512_set1_pd(1), n); }

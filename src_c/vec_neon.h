@@ -103,6 +103,7 @@ FSM_INLINE f64_vec f64_max(f64_vec a, f64_vec b) { return vbslq_f64(vcgtq_f64(a,
 FSM_INLINE f64_vec f64_min(f64_vec a, f64_vec b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
 FSM_INLINE f64_vec f64_abs(f64_vec a) { return vabsq_f64(a); }
 FSM_INLINE f64_vec f64_load_int(const int64_t *p) { return vcvtq_f64_s64(vld1q_s64(p)); }
+FSM_INLINE f64_vec f64_load_i32(const int32_t *p) { return vcvtq_f64_s64(vmovl_s32(vld1_s32(p))); }
 FSM_INLINE f64_vec f64_load_f32(const float *p) { return vcvt_f64_f32(vld1_f32(p)); }
 FSM_INLINE void f64_store_f32(float *p, f64_vec a) { vst1_f32(p, vcvt_f32_f64(a)); }
 FSM_INLINE f64_vec f64_exp2(f64_vec n) {

@@ -21,7 +21,7 @@ typedef int64_t f64_ivec;
         return a;                                                                         \
     }                                                                                     \
     FSM_INLINE void T##_store(void *p, REAL a) { memcpy(p, &a, sizeof a); }               \
-    FSM_INLINE void T##_store_nt(void *p, REAL a) { T##_store(p, a); }                      \
+    FSM_INLINE void T##_store_nt(void *p, REAL a) { T##_store(p, a); }                    \
     FSM_INLINE REAL T##_load_n(const void *p, ptrdiff_t n, REAL fill) {                   \
         return n ? T##_load(p) : fill;                                                    \
     }                                                                                     \
@@ -72,6 +72,7 @@ FSM_INLINE float f32_exp2(float n) {
     return f32_from_bits((uint32_t)f32_bits(n + (0x1.8p23f + 127 + 64)) << 23) * 0x1p-64f;
 }
 FSM_INLINE double f64_load_int(const int64_t *p) { return (double)*p; }
+FSM_INLINE double f64_load_i32(const int32_t *p) { return *p; }
 FSM_INLINE double f64_load_f32(const float *p) { return *p; }
 FSM_INLINE void f64_store_f32(float *p, double a) { *p = (float)a; }
 FSM_INLINE void store_fence(void) {}

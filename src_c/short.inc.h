@@ -1,0 +1,235 @@
+/* Rows of a few elements: a vector along one would be mostly empty, and its reductions would cost more
+ * than the row. Lanes are rows. */
+
+#define rows_short FSM_NAME(rows_short)
+#define transpose_in_as FSM_NAME(transpose_in_as)
+#define transpose_out_as FSM_NAME(transpose_out_as)
+#define transpose_in FSM_NAME(transpose_in)
+#define transpose_out FSM_NAME(transpose_out)
+#define finish_pass FSM_NAME(finish_pass)
+#define fill_row FSM_NAME(fill_row)
+#define is_special FSM_NAME(is_special)
+#define few_normalisers FSM_NAME(few_normalisers)
+#define few_span FSM_NAME(few_span)
+#define few_exp FSM_NAME(few_exp)
+#define few_exp_normal FSM_NAME(few_exp_normal)
+#define few_softmax FSM_NAME(few_softmax)
+#define rows_few FSM_NAME(rows_few)
+
+FSM_INLINE void finish_pass(fsm_op op, fsm_state *st) {
+    if (op == FSM_SOFTMAX) finish_softmax(st);
+    else if (op == FSM_LOG_SOFTMAX) finish_log_softmax(st);
+    else finish_logsumexp(st);
+}
+
+FSM_INLINE int is_special(const fsm_state *st, int l) {
+    return LANE(st->max)[l] - LANE(st->max)[l] != 0;
+}
+
+static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
+    for (ptrdiff_t i = 0; i < n; i += VL)
+        store_as(dtype, out, i, n - i < VL ? n - i : VL, v_set1(value));
+}
+
+/* ---- softmax of `lanes` rows side by side, which stay in the nearest cache ----
+ *
+ * Element i of row l lies at [i * lanes + l]; lanes is a multiple of VL. Each step is done for all
+ * lanes before the next: the chain of steps is long, and those of the vectors overlap. */
+
+/* Maxima, NaN where an element is NaN, and minima. */
+FSM_INLINE void few_span(vec *max, vec *least, const real *tile, int lanes, ptrdiff_t n) {
+    const vec zero = v_set1(0);
+    vec sums = zero;
+    for (int g = 0; g < lanes; g += VL) {
+        vec most = v_set1(-INFINITY), min = v_set1(INFINITY), sum = zero;
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const vec a = v_load(tile + i * lanes + g);
+            most = v_max(a, most);
+            min = v_min(a, min);
+            sum = v_add_m(a, sum);
+        }
+        max[g / VL] = v_add(most, zero);
+        least[g / VL] = min;
+        sums = v_add(sums, sum);
+    }
+    const real total = v_hsum(sums);
+    for (int g = 0; g < lanes && total != total; g += VL) { /* a suspicion only: inf - inf */
+        vec odd = zero;
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const vec a = v_load(tile + i * lanes + g);
+            odd = v_add(odd, v_unless(a, a, v_set1(1)));
+        }
+        max[g / VL] = v_if_less(zero, odd, v_set1(NAN), max[g / VL]);
+    }
+}
+
+/* `normaliser` of the sums of n terms. */
+FSM_INLINE void few_normalisers(real *a, real *b, const vsum *s, int lanes, ptrdiff_t n) {
+#if FSM_BITS == 32
+    bits_t hi[FSM_LANES], lo[FSM_LANES];
+    for (int g = 0; g < lanes; g += VL) {
+        v_store_int(hi + g, vsum_int(&s[g / VL], 0, n, 2));
+        v_store_int(lo + g, vsum_int(&s[g / VL], 1, n, 2));
+    }
+    for (int l = 0; l < lanes; l += f64_VL) {
+        const f64_vec sum = f64_fma(f64_load_i32(hi + l), f64_set1(0x1p-22),
+                                    f64_mul(f64_load_i32(lo + l), f64_set1(0x1p-44)));
+        const f64_vec r = f64_div(f64_set1(1), sum);
+        f64_store_f32(a + l, r);
+        f64_store_f32(b + l, f64_sub(r, f64_load_f32(a + l)));
+    }
+#else
+    fsm_exact_sum sum;
+    for (int j = 0; j < 5; j++)
+        for (int l = 0; l < lanes; l++) sum.parts[j][l] = 0;
+    for (int g = 0; g < lanes; g += VL) lane_fold(&sum, g, &s[g / VL], n, 2, 0);
+    for (int l = 0; l < lanes; l++) {
+        const map_ref one = normaliser(&sum, l);
+        a[l] = one.a;
+        b[l] = one.b;
+    }
+#endif
+}
+
+FSM_INLINE void few_exp(real *tile, const vec *max, int lanes, ptrdiff_t n, int shift, int normal) {
+    for (int g = 0; g < lanes; g += VL) {
+        const exp_vref r = exp_references(max[g / VL]);
+        FSM_UNROLL(2)
+        for (ptrdiff_t i = 0; i < n; i++)
+            v_store(tile + i * lanes + g,
+                    exp_vec(v_load(tile + i * lanes + g), r, shift, normal));
+    }
+}
+
+FSM_APART void few_exp_normal(real *tile, const vec *max, int lanes, ptrdiff_t n) {
+    few_exp(tile, max, lanes, n, 0, 1);
+}
+
+/* In place. Returns how many rows have no finite maximum; they are NaN. */
+static ptrdiff_t few_softmax(real *tile, int lanes, ptrdiff_t n) {
+    const vec zero = v_set1(0), one = v_set1(1), infinity = v_set1(INFINITY);
+    vec max[FSM_LANES / VL], finite[FSM_LANES / VL], least[FSM_LANES / VL];
+    vec special = zero, far = zero;
+    vsum sum[FSM_LANES / VL];
+    real a[FSM_LANES], b[FSM_LANES];
+    few_span(max, least, tile, lanes, n);
+    for (int k = 0; k < lanes / VL; k++) {
+        const vec size = v_abs(max[k]);
+        finite[k] = v_if_less(size, infinity, max[k], zero);
+        special = v_add(special, v_if_less(size, infinity, zero, one));
+        far = v_add(far, v_if_less(size, v_set1(EXP_BIG), zero, one));
+        far = v_add(far, v_if_less(v_sub(max[k], least[k]), v_set1(EXP_NORMAL), zero, one));
+    }
+    if (v_hsum(far) == 0) few_exp_normal(tile, finite, lanes, n);
+    else few_exp(tile, finite, lanes, n, 1, 0);
+    for (int g = 0; g < lanes; g += VL) {
+        vsum s = vsum_zero();
+        for (ptrdiff_t i = 0; i < n; i++) vsum_add(&s, v_load(tile + i * lanes + g), 2, 0);
+        sum[g / VL] = s;
+    }
+    few_normalisers(a, b, sum, lanes, n);
+    for (int g = 0; g < lanes; g += VL) {
+        const map_vref map = {v_load(a + g), v_load(b + g)};
+        for (ptrdiff_t i = 0; i < n; i++)
+            v_store(tile + i * lanes + g, map_vec(0, v_load(tile + i * lanes + g), map));
+    }
+    const ptrdiff_t count = (ptrdiff_t)v_hsum(special);
+    for (int g = 0; count && g < lanes; g += VL)
+        for (ptrdiff_t i = 0; i < n; i++) {
+            real *y = tile + i * lanes + g;
+            v_store(y, v_if_less(v_abs(max[g / VL]), infinity, v_load(y), v_set1(NAN)));
+        }
+    return count;
+}
+
+/* ---- rows, transposed ---- */
+
+/* `rows` rows of n elements into a tile of `lanes` lanes, and back, in squares of VL; lanes without
+ * a row become 0. */
+FSM_INLINE void transpose_in_as(fsm_dtype dtype, real *tile, int lanes, const char *x,
+                                ptrdiff_t stride, int rows, ptrdiff_t n) {
+    for (int g = 0; g < lanes; g += VL)
+        for (ptrdiff_t i = 0; i < n; i += VL) {
+            const ptrdiff_t k = n - i < VL ? n - i : VL;
+            vec a[VL];
+            for (int l = 0; l < VL; l++)
+                a[l] = g + l < rows ? load_as(dtype, x + (g + l) * stride, i, k, v_set1(0))
+                                    : v_set1(0);
+            v_transpose(a);
+            for (int l = 0; l < VL; l++)
+                if (l < k) v_store(tile + (i + l) * lanes + g, a[l]);
+        }
+}
+
+FSM_APART void transpose_in(fsm_dtype dtype, real *tile, int lanes, const char *x, ptrdiff_t stride,
+                            int rows, ptrdiff_t n) {
+#define CALL(DTYPE) transpose_in_as(DTYPE, tile, lanes, x, stride, rows, n)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
+FSM_INLINE void transpose_out_as(fsm_dtype dtype, const real *tile, int lanes, char *out,
+                                 ptrdiff_t stride, int rows, ptrdiff_t n) {
+    for (int g = 0; g < lanes; g += VL)
+        for (ptrdiff_t i = 0; i < n; i += VL) {
+            const ptrdiff_t k = n - i < VL ? n - i : VL;
+            vec a[VL];
+            for (int l = 0; l < VL; l++) a[l] = v_load(tile + (i + (l < k ? l : 0)) * lanes + g);
+            v_transpose(a);
+            for (int l = 0; l < VL; l++)
+                if (g + l < rows) store_as(dtype, out + (g + l) * stride, i, k, a[l]);
+        }
+}
+
+FSM_APART void transpose_out(fsm_dtype dtype, const real *tile, int lanes, char *out,
+                             ptrdiff_t stride, int rows, ptrdiff_t n) {
+#define CALL(DTYPE) transpose_out_as(DTYPE, tile, lanes, out, stride, rows, n)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
+/* Softmax. Returns what rows_long does. */
+static ptrdiff_t rows_few(const fsm_rows *w) {
+    real tile[FSM_SHORT_ROW * FSM_LANES];
+    ptrdiff_t special = 0;
+    for (ptrdiff_t r = 0; r < w->rows; r += FSM_LANES) {
+        const int rows = w->rows - r < FSM_LANES ? (int)(w->rows - r) : FSM_LANES;
+        const int lanes = (rows + VL - 1) / VL * VL;
+        transpose_in(w->x_dtype, tile, lanes, w->x + r * w->x_stride, w->x_stride, rows, w->n);
+        special += few_softmax(tile, lanes, w->n);
+        transpose_out(w->out_dtype, tile, lanes, w->out + r * w->out_stride, w->out_stride, rows,
+                      w->n);
+    }
+    return special;
+}
+
+/* The other operations. */
+static ptrdiff_t rows_short(fsm_op op, const fsm_rows *w) {
+    const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
+    ptrdiff_t special = 0;
+    fsm_state st;
+    real tile[FSM_SHORT_ROW * FSM_LANES];
+    for (ptrdiff_t r = 0; r < w->rows; r += FSM_LANES) {
+        const int rows = w->rows - r < FSM_LANES ? (int)(w->rows - r) : FSM_LANES;
+        const int lanes = (rows + FSM_LANE_QUANTUM - 1) / FSM_LANE_QUANTUM * FSM_LANE_QUANTUM;
+        char *out = w->out + r * w->out_stride;
+        fsm_tile t = {
+            .n = w->n, .x = tile, .x_dtype = REAL_DTYPE, .out = tile, .out_dtype = REAL_DTYPE};
+        transpose_in(x_dtype, tile, lanes, w->x + r * w->x_stride, w->x_stride, rows, w->n);
+        begin_state(&st, lanes, w->n);
+        max_pass(&st, &t);
+        reference_pass(&st);
+        special += st.special;
+        sum_pass(&st, &t);
+        finish_pass(op, &st);
+        if (op == FSM_LOGSUMEXP) {
+            store_run(out, w->out_stride, out_dtype, LANE(st.value[0]), rows);
+            continue;
+        }
+        map_log_softmax(&st, &t);
+        transpose_out(out_dtype, tile, lanes, out, w->out_stride, rows, w->n);
+        for (int l = 0; l < rows && st.special; l++)
+            if (is_special(&st, l)) fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
+    }
+    return special;
+}
