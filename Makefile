@@ -6,8 +6,8 @@ STUBS = fastsoftmax._core fastsoftmax.compat.scipy fastsoftmax.compat.torch
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 EXAMPLES = $(wildcard examples/*/*/*.c)
 
-.PHONY: help build test full fuzz mutate coverage lint format docs plots wheel sanitize valgrind \
-	emulate cross clean
+.PHONY: help build test full fuzz mutate coverage lint format docs plots asm wheel sanitize \
+	valgrind emulate cross clean
 .DEFAULT_GOAL = help
 SHELL = /bin/bash
 .SHELLFLAGS = -e -o pipefail -c
@@ -53,6 +53,12 @@ plots:  ## measure, and draw the pictures of the site anew (needs ".[bench]" and
 	$(PYTHON) -m fastsoftmax bench accuracy --plot docs/images/accuracy.svg
 	$(PYTHON) -m fastsoftmax bench softmax --plot docs/images/softmax.svg
 	$(PYTHON) -m fastsoftmax bench attention --plot docs/images/attention.svg
+
+ISA = avx2
+LOOP = f32_(exp_run|sum_run|map_and_span|middle_|few_|group_scores|group_values|dots_of_heads)
+asm:  ## show the hot loops of ISA=avx2 as they were built (after make build), or LOOP=f32_exp_run
+	objdump --disassemble --no-show-raw-insn build/temp.*/src_c/isa_$(ISA).o | \
+		awk '/^[0-9a-f]+ <$(LOOP)/, /^$$/'
 
 wheel:  ## build a wheel with libgomp inside, in wheelhouse (needs ".[wheel]", Linux)
 	$(PYTHON) -m build --outdir dist

@@ -24,6 +24,8 @@ enum {
     FSM_SHORT_ROW = 32,   /* rows up to this long are transposed, so that lanes are rows */
     FSM_MIDDLE_ROW = 128, /* and up to this long their reductions are; FOLD_EVERY at the most */
     FSM_COLUMNS_AHEAD = 12, /* elements of a column between asking for one and reading it */
+    FSM_ASK_MOST = 1 << 16, /* elements of a row that is asked for while another is done: as many
+                             * results are to stay in the second-level cache beside it */
     FSM_ALIGN = 64
 };
 

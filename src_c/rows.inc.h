@@ -138,7 +138,7 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
         special += st.special;
         const exp_ref ref = row_ref(&st, 0);
         row_sum(x_dtype, e, x, n, ref, &st.sum, 0, fine, st.normal,
-                x_dtype == REAL_DTYPE ? next : NULL);
+                x_dtype == REAL_DTYPE && n <= FSM_ASK_MOST ? next : NULL);
         finish_pass(op, &st);
         const map_ref map = {LANE(st.value[0])[0], LANE(st.value[1])[0]};
         if (op == FSM_LOGSUMEXP) store_run(out, 0, out_dtype, LANE(st.value[0]), 1);
