@@ -54,12 +54,6 @@ plots:  ## measure, and draw the pictures of the site anew (needs ".[bench]" and
 	$(PYTHON) -m fastsoftmax bench softmax --plot docs/images/softmax.svg
 	$(PYTHON) -m fastsoftmax bench attention --plot docs/images/attention.svg
 
-ISA = avx2
-LOOP = f32_(exp_run|sum_run|map_and_span|middle_|few_|group_scores|group_values|dots_of_heads)
-asm:  ## show the hot loops of ISA=avx2 as they were built (after make build), or LOOP=f32_exp_run
-	objdump --disassemble --no-show-raw-insn build/temp.*/src_c/isa_$(ISA).o | \
-		awk '/^[0-9a-f]+ <$(LOOP)/, /^$$/'
-
 wheel:  ## build a wheel with libgomp inside, in wheelhouse (needs ".[wheel]", Linux)
 	$(PYTHON) -m build --outdir dist
 	auditwheel repair --strip --zip-compression-level 9 --wheel-dir wheelhouse dist/*.whl
@@ -109,7 +103,13 @@ ISAS_mutate = $(ISAS)
 FLAGS_coverage = -O0 --coverage -fprofile-update=atomic -DONE_IN=5
 ISAS_coverage = $(ISAS)
 
-TARGETS = mutate coverage sanitize valgrind emulate cross plain
+# What make asm shows, with the flags of setup.py.
+ISA = avx2
+LOOP = f32_(exp_run|sum_run|map_and_span|middle_|few_|group_scores|group_values|dots_of_heads)
+FLAGS_asm = -O3
+ISAS_asm = $(ISA)
+
+TARGETS = mutate coverage sanitize valgrind emulate cross plain asm
 LIBRARY = dispatch parallel softmax attention attention_backward embed
 vpath %.c src_c tests/c
 
@@ -137,6 +137,9 @@ cross: build/plain/driver $(DRIVERS:%=build/cross/%)  ## run part of them for NE
 	$(RUN_cross) build/cross/attention_driver neon
 	$(RUN_cross) build/cross/driver neon | tee build/cross/log
 	build/plain/driver | tail -n 1 | diff - <(tail -n 1 build/cross/log)
+
+asm: build/asm/isa_$(ISA).o  ## show the hot loops of ISA=avx2, or LOOP=f32_exp_run
+	objdump --disassemble --no-show-raw-insn $< | awk '/^[0-9a-f]+ <$(LOOP)/, /^$$/'
 
 clean:  ## remove what was built here
 	rm -rf build dist wheelhouse *.egg-info fastsoftmax/*.so fastsoftmax/*.pyd
