@@ -101,7 +101,7 @@ FSM_INLINE void few_exp(real *tile, const vec *max, int lanes, ptrdiff_t n, int 
     }
 }
 
-FSM_APART void few_exp_normal(real *tile, const vec *max, int lanes, ptrdiff_t n) {
+FSM_APART void few_exp_normal(real *tile, vec *max, int lanes, ptrdiff_t n) {
     few_exp(tile, max, lanes, n, 0, 1);
 }
 
