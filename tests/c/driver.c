@@ -14,6 +14,7 @@
  * left out or one test in the same number is run (ONE_IN).
  */
 #include "harness.h"
+#include "kernels.h"
 #include "parallel.h"
 
 /* ---- what a test is ---- */
@@ -602,6 +603,48 @@ static void exponentials(fsm_op op) {
     }
 }
 
+/* Rows whose results go past the caches, which a plan does only where there are very many: the same,
+ * wherever they begin in a line. The gaps between them and what follows stay as they are. */
+static void past_the_caches(fsm_op op) {
+    static const ptrdiff_t lengths[] = {129, 136, 191, 300};
+    enum { OFFSETS = 16, MOST = 4 };
+    for (int k = 0; op <= FSM_LOG_SOFTMAX && k < 2 * COUNT(lengths) * isa_count; k++) {
+        const fsm_isa *isa = isas[k / 2 / COUNT(lengths)];
+        const ptrdiff_t n = lengths[k / 2 % COUNT(lengths)];
+        test t = usual(k % 2, op, MOST, n);
+        t.special = 1;
+        const ptrdiff_t size = sizes[t.compute], bytes = (MOST * (n + 3) + OFFSETS) * size;
+        const fsm_kernels *kernels = t.compute == FSM_F64 ? isa->f64 : isa->f32;
+        array x = new_array(&t, FSM_X);
+        for (ptrdiff_t i = 0; i < MOST * n; i++)
+            encode(t.compute, value(&t, FSM_X, i / n, i % n), element(&t, &x, i / n, i % n));
+        char *e = allocate(n * size), *near = allocate(bytes), *past = allocate(bytes);
+        for (int way = 0; way < OFFSETS * MOST * 2; way++) {
+            const ptrdiff_t gap = way & 1 ? 3 : 0, at = (way >> 1) % OFFSETS * size;
+            fsm_rows w = {.x = x.first,
+                          .out = near + at,
+                          .x_stride = n * size,
+                          .out_stride = (n + gap) * size,
+                          .rows = 1 + way / (2 * OFFSETS),
+                          .n = n,
+                          .x_dtype = t.compute,
+                          .out_dtype = t.compute,
+                          .scratch = e};
+            memset(near, 0xff, (size_t)bytes);
+            memset(past, 0xff, (size_t)bytes);
+            kernels->rows(op, &w);
+            w.out = past + at;
+            w.nontemporal = 1;
+            kernels->rows(op, &w);
+            expect(!memcmp(near, past, (size_t)bytes), &t, isa, "past the caches", way);
+        }
+        free_array(&x);
+        free(e);
+        free(near);
+        free(past);
+    }
+}
+
 /* What has no elements is done at once; a plan may be given up halfway; limits make sense. */
 static void odds_and_ends(fsm_op op) {
     const test t = make(op, FSM_F32, FSM_F32, FSM_F32, 1, 1 << 20);
@@ -633,10 +676,10 @@ static const struct {
     void (*run)(fsm_op);
 } groups[] = {
 #define GROUP(f) {#f, f}
-    GROUP(lengths),      GROUP(lanes),        GROUP(dtypes),       GROUP(all_layouts),
-    GROUP(zero_strides), GROUP(operands),     GROUP(special_rows), GROUP(threads),
-    GROUP(long_rows),    GROUP(small),        GROUP(one_call),     GROUP(callers),
-    GROUP(teams),        GROUP(exponentials), GROUP(odds_and_ends)};
+    GROUP(lengths),      GROUP(lanes),        GROUP(dtypes),          GROUP(all_layouts),
+    GROUP(zero_strides), GROUP(operands),     GROUP(special_rows),    GROUP(threads),
+    GROUP(long_rows),    GROUP(small),        GROUP(one_call),        GROUP(callers),
+    GROUP(teams),        GROUP(exponentials), GROUP(past_the_caches), GROUP(odds_and_ends)};
 
 int main(int argc, char **argv) {
     choose_isas(argc, argv);

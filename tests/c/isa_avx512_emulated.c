@@ -4,6 +4,7 @@
 #include <immintrin.h> /* before its types and functions get other names */
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -48,6 +49,18 @@ EMULATED void store_ps(void *p, __mmask16 set, __m512 a) { move(p, &a, set, 16, 
 EMULATED void store_pd(void *p, __mmask8 set, __m512d a) { move(p, &a, set, 8, 8); }
 EMULATED void store_epi16(void *p, __mmask16 set, __m256i a) { move(p, &a, set, 16, 2); }
 
+/* Past the caches only where the CPU would not fault. */
+EMULATED void stream_512(void *p, const void *a) {
+    if ((uintptr_t)p % 64) abort();
+    memcpy(p, a, 64);
+}
+EMULATED void stream_ps(void *p, __m512 a) { stream_512(p, &a); }
+EMULATED void stream_pd(void *p, __m512d a) { stream_512(p, &a); }
+
+#undef _mm512_stream_ps
+#undef _mm512_stream_pd
+#define _mm512_stream_ps stream_ps
+#define _mm512_stream_pd stream_pd
 #undef _mm512_mask_loadu_ps
 #undef _mm512_mask_loadu_pd
 #undef _mm256_maskz_loadu_epi16
