@@ -91,9 +91,16 @@ EMULATED __m256 cvtpd_ps(__m512d a) {
     for (int i = 0; i < 8; i++) to.f32[i] = (float)from.f64[i];
     return to.half_ps[0];
 }
+EMULATED __m512d cvtepi32_pd(__m256i a) {
+    lanes from = {.half_epi = {a}}, to;
+    for (int i = 0; i < 8; i++) to.f64[i] = from.i32[i];
+    return to.pd;
+}
+#undef _mm512_cvtepi32_pd
 #undef _mm512_cvtepi64_pd
 #undef _mm512_cvtps_pd
 #undef _mm512_cvtpd_ps
+#define _mm512_cvtepi32_pd cvtepi32_pd
 #define _mm512_cvtepi64_pd cvtepi64_pd
 #define _mm512_cvtps_pd cvtps_pd
 #define _mm512_cvtpd_ps cvtpd_ps
