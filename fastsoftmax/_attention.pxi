@@ -25,6 +25,10 @@ cdef _as_positions(value, name):
     return array
 
 
+cdef _with_heads(array):
+    return array[None] if array.ndim == 2 else array
+
+
 cdef _leading(q, k, v):
     """The dimensions before the heads that q, k and v have together, if they fit."""
     if not q.dtype == k.dtype == v.dtype:
@@ -43,7 +47,7 @@ cdef _leading(q, k, v):
     else:
         try:
             return np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-        except ValueError:
+        except (ValueError, RuntimeError):  # the latter: more than 32, of different shapes
             wrong = "the dimensions of q, k and v before the heads must broadcast together"
     raise ValueError(f"{wrong}; of shape [..., heads, positions, columns], q has {q.shape}, k has "
                      f"{k.shape}, v has {v.shape}")
@@ -122,7 +126,7 @@ cdef _enter_attention(fsm_attention *problem, q, k, v, mask, bias, bint causal, 
     cdef int d, ndim
     q, k, v = _as_positions(q, "q"), _as_positions(k, "k"), _as_positions(v, "v")
     one_head = q.ndim == k.ndim == v.ndim == 2
-    q, k, v = [array[None] if array.ndim == 2 else array for array in (q, k, v)]
+    q, k, v = _with_heads(q), _with_heads(k), _with_heads(v)
     lead = _leading(q, k, v)
     compute = _compute_dtype(q.dtype, None, None)
     heads, queries, depth = q.shape[-3:]
@@ -131,6 +135,7 @@ cdef _enter_attention(fsm_attention *problem, q, k, v, mask, bias, bint causal, 
     scores = rows + (keys,)
     if _result_dtype(q.dtype, None, out) != q.dtype:
         raise TypeError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
+    y = None
     if out is not None:
         y = _held(out)
         _check_out(y, rows + (v_depth,))
@@ -161,12 +166,16 @@ cdef _enter_attention(fsm_attention *problem, q, k, v, mask, bias, bint causal, 
     problem.compute = <fsm_dtype><int>_code(compute)
     problem.heads, problem.queries, problem.depth = heads, queries, depth
     problem.kv_heads, problem.keys, problem.v_depth = kv_heads, keys, v_depth
-    q, k, v = [array if array.shape[:-3] == lead else
-               np.broadcast_to(array, lead + array.shape[-3:]) for array in (q, k, v)]
-    arrays = [array if out is None else _apart(array, y, False)
-              for array in (q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes)]
+    arrays = []
+    for array in (q, k, v):
+        if array.shape[:-3] != lead:
+            array = np.broadcast_to(array, lead + array.shape[-3:])
+        arrays.append(array)
+    arrays += mask, bias, q_offset, kv_lengths, sinks, slopes
+    for d in range(len(arrays)):
+        arrays[d] = _apart(arrays[d], y, False)
     q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes = arrays
-    arrays.append(None if out is None else y)
+    arrays.append(y)
     _enter(&problem.operand[<int>FSM_ATTN_Q], q, ndim + 3)
     _enter(&problem.operand[<int>FSM_ATTN_K], k, ndim + 3)
     _enter(&problem.operand[<int>FSM_ATTN_V], v, ndim + 3)
@@ -195,7 +204,10 @@ cdef _attention(q, k, v, mask, bias, bint causal, q_offset, kv_lengths, window, 
     _enter(&problem.operand[<int>FSM_ATTN_WEIGHTS], weights, ndim + 3)
     _run_attention(&problem)
     first = y if out is None else out
-    results = tuple([array for array in (first, lse, weights) if array is not None])
+    results = (first,)
+    for array in (lse, weights):
+        if array is not None:
+            results += (array,)
     return results if len(results) > 1 else first
 
 

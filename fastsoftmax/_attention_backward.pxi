@@ -31,7 +31,7 @@ cdef _attention_backward(grad_out, q, k, v, out, lse, mask, bias, bint causal, q
     for which, value, name in ((FSM_ATTN_DQ, q, "q"), (FSM_ATTN_DK, k, "k"), (FSM_ATTN_DV, v, "v")):
         array = np.zeros(_as_positions(value, name).shape, compute)
         wanted.append((array, dtype))
-        with_head = array[None] if array.ndim == 2 else array
+        with_head = _with_heads(array)
         _enter(&problem.operand[<int>which],
                np.broadcast_to(with_head, lead + with_head.shape[-3:]), ndim + 3)
     problem.operand[<int>FSM_ATTN_DBIAS].data = problem.operand[<int>FSM_ATTN_DSINKS].data = NULL
@@ -49,8 +49,11 @@ cdef _attention_backward(grad_out, q, k, v, out, lse, mask, bias, bint causal, q
     _enter(&problem.operand[<int>FSM_ATTN_LSE], lse, ndim + 2)
     _enter(&problem.operand[<int>FSM_ATTN_GRAD_OUT], grad_out, ndim + 3)
     _run_attention_backward(&problem)
+    gradients = ()
     with np.errstate(all="ignore"):
-        return tuple([array.astype(kind, copy=False) for array, kind in wanted])
+        for array, kind in wanted:
+            gradients += (array.astype(kind, copy=False),)
+    return gradients
 
 
 cdef int _run_attention_backward(fsm_attention *problem) except -1:

@@ -18,6 +18,15 @@ cdef ndarray _as_starts(value, name, total, tokens):
     return np.ascontiguousarray(array, np.int64)
 
 
+cdef _longest(starts):
+    return int(np.diff(starts).max(initial=0))
+
+
+cdef _batch(packed, n, longest):
+    heads = packed.swapaxes(0, 1)[:, :longest]
+    return np.broadcast_to(heads, (n, *heads.shape))
+
+
 cdef _unless_shared(value, out):
     """value, or a copy of it if it shares memory with out."""
     if out is None or value is None or isinstance(value, int):
@@ -51,17 +60,16 @@ cdef _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, bint cau
     if out is not None:
         held = _held(out)
         _check_out(held, shape)
-        q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes = [
-            _unless_shared(value, held)
-            for value in (q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes)]
+        shared = []
+        for value in (q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes):
+            shared.append(_unless_shared(value, held))
+        q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes = shared
 
     # To the checks this is a batch in which every sequence is as long as the longest. C moves the
     # first query and key of each to where it begins, and stops where it ends.
     n = q_starts.size - 1
-    longest_q, longest_k = [int(np.diff(starts).max(initial=0)) for starts in (q_starts, k_starts)]
-    q, k, v = [np.broadcast_to(array.swapaxes(0, 1)[:, :most],
-                               (n, array.shape[1], most, array.shape[2]))
-               for array, most in ((q, longest_q), (k, longest_k), (v, longest_k))]
+    longest_q, longest_k = _longest(q_starts), _longest(k_starts)
+    q, k, v = _batch(q, n, longest_q), _batch(k, n, longest_k), _batch(v, n, longest_k)
     arrays, _, _, _, compute = _enter_attention(
         &problem, q, k, v, mask, bias, causal, q_offset, kv_lengths, window, scale, softcap, sinks,
         slopes, None)

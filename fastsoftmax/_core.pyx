@@ -72,7 +72,7 @@ cdef ndarray _converted(value, name):
         raise kind(f"{name} must be array_like, got {type(value).__name__}: {error}") from error
 
 
-cdef bint _as_flag(value, name) except -1:
+cpdef bint _as_flag(value, name) except -1:
     try:
         return bool(value)
     except (TypeError, ValueError) as error:  # an array
@@ -223,8 +223,7 @@ cdef bint _overlaps_itself(out):
     over all that the smaller ones reach. May err on the side of True for views that no slicing
     makes."""
     reach = out.itemsize
-    steps = sorted((abs(stride), size) for stride, size in zip(out.strides, out.shape))
-    for stride, size in steps:
+    for stride, size in sorted(zip(map(abs, out.strides), out.shape)):
         if size > 1 and stride < reach:
             return True
         reach += stride * (size - 1)
@@ -240,8 +239,10 @@ cdef _apart(array, out, bint in_place_ok):
             and array.shape == out.shape and array.dtype == out.dtype)
     if same and in_place_ok:
         return array
-    once = array[tuple([slice(1) if stride == 0 else slice(None) for stride in array.strides])]
-    return np.broadcast_to(once.copy(), array.shape)
+    once = ()
+    for stride in array.strides:
+        once += (slice(1) if stride == 0 else slice(None),)
+    return np.broadcast_to(array[once].copy(), array.shape)
 
 
 cdef _reciprocal(temperature, shape, compute, fsm_problem *problem, bint negate):
@@ -646,8 +647,10 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
     if b is not None:
         b = _broadcast(_as_floats(b, "b", compute), shape, "b")
     where = _as_where(where, shape)
-    reduced = tuple([1 if problem.reduced[d] else shape[d]
-                     for d in range(a.ndim) if keep or not problem.reduced[d]])
+    reduced = ()
+    for d in range(a.ndim):
+        if keep or not problem.reduced[d]:
+            reduced += (1 if problem.reduced[d] else shape[d],)
     if out is None:
         y = np.empty(reduced, result)
     else:
@@ -667,7 +670,12 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
         _describe_reduced(&problem, FSM_SIGN, sign if b is not None else None, keep)
         _run(&problem)
         if signed and b is None:  # a sum of exponentials: 1, 0 if it is empty, NaN if it is NaN
-            sign[...] = y > -np.inf
+            log = y
+            if result != compute and np.isneginf(y).any():  # or rounded to -inf
+                log = np.empty(reduced, compute)
+                _describe_reduced(&problem, FSM_OUT, log, keep)
+                _run(&problem)
+            sign[...] = log > -np.inf
             np.copyto(sign, y, where=np.isnan(y), casting="same_kind")
     if out is not None:
         y = out

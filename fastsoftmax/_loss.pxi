@@ -21,7 +21,10 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
         raise TypeError("axis and ignore_index must be integers, got "
                         f"{axis!r} and {ignore_index!r}") from None
     _begin(problem, op, x, axis)
-    shape = tuple([x.shape[d] for d in range(x.ndim) if not problem.reduced[d]])
+    shape = ()
+    for d in range(x.ndim):
+        if not problem.reduced[d]:
+            shape += (x.shape[d],)
     classes = np.shape(x)[axis]  # not x.shape, which is a pointer here
     if isinstance(labels, np.ma.MaskedArray) or (given.dtype.kind not in "iu" and given.size):
         raise TypeError("labels must be an array of integers, the classes, got "

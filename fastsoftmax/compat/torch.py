@@ -178,7 +178,7 @@ def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1, *, rng=None):
     with np.errstate(all="ignore"):  # softmax refuses a bad tau
         noise = noise / tau
     y = _core.softmax(logits, _index(dim), bias=noise, temperature=tau)
-    if not hard or y.ndim == 0:
+    if not _core._as_flag(hard, "hard") or y.ndim == 0:
         return y
     one_hot = np.zeros_like(y)
     np.put_along_axis(one_hot, y.argmax(dim, keepdims=True), 1, dim)
@@ -233,8 +233,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         raise TypeError("size_average and reduce are deprecated in PyTorch: pass reduction=")
-    if label_smoothing != 0:
-        raise NotImplementedError(f"label_smoothing must be 0, got {label_smoothing}")
+    _only_zero(label_smoothing, "label_smoothing")
     if np.asarray(target).dtype.kind == "f":
         raise NotImplementedError("target must hold classes; probabilities are not supported")
     axis = 0 if np.ndim(input) == 1 else 1
@@ -302,10 +301,9 @@ def scaled_dot_product_attention(
     >>> np.allclose(y, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), atol=1e-6)
     True
     """
-    if dropout_p:
-        raise NotImplementedError(
-            f"dropout_p must be 0, got {dropout_p!r}: dropout is for training, fastsoftmax has none"
-        )
+    is_causal = _core._as_flag(is_causal, "is_causal")
+    enable_gqa = _core._as_flag(enable_gqa, "enable_gqa")
+    _only_zero(dropout_p, "dropout_p", ": dropout is for training, fastsoftmax has none")
     named = {"query": query, "key": key, "value": value}
     q, k, v = (_core._as_array(array, name, "attn_mask") for name, array in named.items())
     if not enable_gqa and not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
@@ -319,6 +317,11 @@ def scaled_dot_product_attention(
             raise TypeError(f"attn_mask must be of bool or floats, got {mask.dtype}")
         scores["mask" if mask.dtype == bool else "bias"] = mask
     return _core.attention(q, k, v, **scores, is_causal=is_causal, scale=scale)
+
+
+def _only_zero(value, name, why=""):
+    if not (isinstance(value, (int, float, np.number)) and value == 0):
+        raise NotImplementedError(f"{name} must be 0, got {value!r:.80}{why}")
 
 
 def _array(input):
