@@ -339,7 +339,7 @@ def _broadcast_heads(*qkv):
     """Views of the same heads and leading dimensions."""
     try:
         lead = np.broadcast_shapes(*(array.shape[:-2] for array in qkv))
-    except ValueError:
+    except (ValueError, RuntimeError):  # the latter: more than 32 dimensions
         shapes = ", ".join(str(array.shape) for array in qkv)
         raise ValueError(
             "query, key and value must have the same number of heads, unless enable_gqa=True, and "
