@@ -167,9 +167,9 @@ cdef _enter_attention(fsm_attention *problem, q, k, v, mask, bias, bint causal, 
     problem.heads, problem.queries, problem.depth = heads, queries, depth
     problem.kv_heads, problem.keys, problem.v_depth = kv_heads, keys, v_depth
     arrays = []
-    for array in (q, k, v):
+    for array, name in ((q, "q"), (k, "k"), (v, "v")):
         if array.shape[:-3] != lead:
-            array = np.broadcast_to(array, lead + array.shape[-3:])
+            array = _broadcast(array, lead + array.shape[-3:], name, "the leading dimensions")
         arrays.append(array)
     arrays += mask, bias, q_offset, kv_lengths, sinks, slopes
     for d in range(len(arrays)):

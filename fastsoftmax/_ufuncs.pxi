@@ -22,7 +22,7 @@ cdef void _ufunc_loop(char **at, const npy_intp *size, const npy_intp *stride,
     cdef fsm_op op = (<_loop_data *>data).op
     cdef fsm_dtype dtype = (<_loop_data *>data).dtype
     cdef ptrdiff_t out_step = 0 if op == FSM_LOGSUMEXP else stride[3]
-    if fsm_is_small(size[0] * size[1]):
+    if fsm_is_small(size[0] * max(size[1], 1)):  # logsumexp has results of no elements, too
         if fsm_softmax_rows(_active, op, dtype, at[0], stride[0], stride[2], at[1], stride[1],
                             out_step, size[0], size[1], 1) == FSM_NOMEM:
             with gil:

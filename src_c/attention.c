@@ -125,6 +125,9 @@ fsm_status fsm_attention_packed_new(fsm_attention_plan **result, const fsm_atten
     const ptrdiff_t places = q_starts ? a->kv_heads : places_of(a),
                     sequences = q_starts ? a->shape[0] : 1;
     if (places == 0 || a->heads == 0 || sequences == 0) return FSM_DONE;
+    if (a->v_depth == 0 && !a->operand[FSM_ATTN_LSE].data && !a->operand[FSM_ATTN_WEIGHTS].data)
+        return FSM_DONE; /* no results, of however many queries */
+    if (too_wide(a)) return FSM_NOMEM;
     p->share = a->heads / a->kv_heads;
     p->chunk = least(p->share, FSM_DECODE_HEADS);
     p->chunks = (p->share + p->chunk - 1) / p->chunk;

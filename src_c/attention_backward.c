@@ -53,6 +53,7 @@ fsm_status fsm_attention_backward_new(fsm_attention_backward_plan **result,
     p->kernels = a->compute == FSM_F64 ? a->isa->f64 : a->isa->f32;
     p->places = places_of(a);
     if (p->places == 0 || a->heads == 0 || a->queries == 0 || a->keys == 0) return FSM_DONE;
+    if (too_wide(a)) return FSM_NOMEM;
     limit_window(&p->problem);
     p->share = a->heads / a->kv_heads;
 

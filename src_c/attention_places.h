@@ -14,6 +14,12 @@ static inline ptrdiff_t places_of(const fsm_attention *a) {
     return places;
 }
 
+/* Whether the scratch is beyond any memory; if not, no sum of its sizes overflows. A column takes less
+ * than 4 KB of it in each thread, and of the parts of one query 16 heads * 8 bytes * 80 slots. */
+static inline int too_wide(const fsm_attention *a) {
+    return 0x1p14 * ((double)a->depth + (double)a->v_depth) * a->threads > (double)PTRDIFF_MAX;
+}
+
 /* Beyond any array: sums of the window and of positions do not overflow. */
 static inline void limit_window(fsm_attention *a) {
     a->left = least(a->left, PTRDIFF_MAX / 2);

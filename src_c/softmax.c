@@ -186,7 +186,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
         p->units = p->lanes > 1 ? p->rows / lane->size * p->groups : p->rows;
     }
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
-    p->chunks = (p->n + p->chunk - 1) / p->chunk;
+    p->chunks = (p->n - 1) / p->chunk + 1; /* n may be PTRDIFF_MAX, of broadcast bytes */
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
     p->nontemporal = 0;
     if (p->direct && !p->wide && !p->labels) {
@@ -639,9 +639,9 @@ static void wide_chunks(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
     const fsm_plan *p = context;
     for (ptrdiff_t i = begin + p->next_chunk; i < end + p->next_chunk; i++) {
         /* every other pass goes back: it begins with what the caches still hold */
-        const ptrdiff_t c = p->pass_at == PASS_SUM ? p->chunks - 1 - i : i;
-        do_pass(p, &p->place, p->pass_at, &p->states[1 + thread], c * p->chunk,
-                least((c + 1) * p->chunk, p->n), scratch_of(p, thread), 0);
+        const ptrdiff_t c = p->pass_at == PASS_SUM ? p->chunks - 1 - i : i, first = c * p->chunk;
+        do_pass(p, &p->place, p->pass_at, &p->states[1 + thread], first,
+                first + least(p->chunk, p->n - first), scratch_of(p, thread), 0);
     }
 }
 
