@@ -6,7 +6,7 @@ STUBS = fastsoftmax._core fastsoftmax.compat.scipy fastsoftmax.compat.torch
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 EXAMPLES = $(wildcard examples/*/*/*.c)
 
-.PHONY: help build test full fuzz mutate coverage lint format docs plots asm wheel sanitize \
+.PHONY: help build test full fuzz mutate coverage lint format docs plots asm wheel sanitize tsan \
 	valgrind emulate cross clean
 .DEFAULT_GOAL = help
 SHELL = /bin/bash
@@ -83,6 +83,13 @@ ISAS_valgrind = $(filter-out avx512,$(ISAS))
 RUN_valgrind = valgrind --quiet --error-exitcode=1 --leak-check=full \
 	--errors-for-leak-kinds=definite --show-leak-kinds=definite
 
+# Many callers at once. libgomp does not tell ThreadSanitizer how its threads wait for each other;
+# LLVM's runtime does, by its tool Archer (Debian: clang, libomp-dev).
+CC_tsan = $(firstword $(shell command -v clang clang-19 clang-14) clang)
+FLAGS_tsan = -O1 -fsanitize=thread
+ISAS_tsan = $(filter-out avx512,$(ISAS))
+RUN_tsan = OMP_TOOL_LIBRARIES=libarcher.so TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
+
 # AVX-512 on a CPU that has AVX2 only: SIMDe's headers (Debian: libsimde-dev).
 FLAGS_emulate = -O1 -DONE_IN=3
 ISAS_emulate = scalar avx512_emulated
@@ -109,12 +116,12 @@ LOOP = f32_(exp_run|sum_run|map_and_span|middle_|few_|group_scores|group_values|
 FLAGS_asm = -O3
 ISAS_asm = $(ISA)
 
-TARGETS = mutate coverage sanitize valgrind emulate cross plain asm
+TARGETS = mutate coverage sanitize tsan valgrind emulate cross plain asm
 LIBRARY = dispatch parallel softmax attention attention_backward embed
 vpath %.c src_c tests/c
 
 define drivers_for
-$(DRIVERS:%=build/$(1)/%): %: %.o $(LIBRARY:%=build/$(1)/%.o) $(ISAS_$(1):%=build/$(1)/isa_%.o)
+$(DRIVERS:%=build/$(1)/%) build/$(1)/threads_driver: %: %.o $(LIBRARY:%=build/$(1)/%.o) $(ISAS_$(1):%=build/$(1)/isa_%.o)
 	$$(or $$(CC_$(1)),$$(CC)) $$(DRIVER_FLAGS) $$(FLAGS_$(1)) -o $$@ $$^ -lm
 
 build/$(1)/%.o: %.c $(C_FILES) Makefile
@@ -126,6 +133,9 @@ $(foreach target,$(TARGETS),$(eval $(call drivers_for,$(target))))
 
 sanitize: $(DRIVERS:%=build/sanitize/%)  ## run the C drivers under ASan and UBSan
 	for driver in $^; do $$driver; done
+
+tsan: build/tsan/threads_driver  ## run many callers at once under ThreadSanitizer (needs clang)
+	$(RUN_tsan) $< $(lastword $(ISAS_tsan))
 
 valgrind: $(DRIVERS:%=build/valgrind/%)  ## run part of them under valgrind
 	for driver in $^; do $(RUN_valgrind) $$driver; done
