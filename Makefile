@@ -85,7 +85,7 @@ RUN_valgrind = valgrind --quiet --error-exitcode=1 --leak-check=full \
 
 # Many callers at once. libgomp does not tell ThreadSanitizer how its threads wait for each other;
 # LLVM's runtime does, by its tool Archer (Debian: clang, libomp-dev).
-CC_tsan = $(firstword $(shell command -v clang clang-19 clang-14) clang)
+CC_tsan = $(firstword $(shell command -v clang clang-14) clang)
 FLAGS_tsan = -O1 -fsanitize=thread
 ISAS_tsan = $(filter-out avx512,$(ISAS))
 RUN_tsan = OMP_TOOL_LIBRARIES=libarcher.so TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1

@@ -517,18 +517,3 @@ def test_show_config(capsys):
         assert word.lower() in printed.lower()
     with pytest.raises(ValueError, match="mode"):
         fs.show_config(mode="xml")
-
-
-# --- past 2^31 elements ---------------------------------------------------------------------------
-
-
-@pytest.mark.full
-def test_more_than_two_to_the_31_elements(isa):
-    """A view of one number: no memory, all the index arithmetic."""
-    n = 2**31 + 5
-    ones = np.broadcast_to(np.float32(1), (n,))
-    want = 1 + np.log(np.float64(n))
-    assert abs(float(fs.logsumexp(ones)) - want) <= np.spacing(np.float32(want))
-    assert abs(float(fs.logsumexp(ones.reshape(1, n), -1)[0]) - want) <= np.spacing(
-        np.float32(want)
-    )

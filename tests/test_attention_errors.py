@@ -365,3 +365,11 @@ def test_after_every_error_the_library_still_works():
         with pytest.raises(error):
             fs.attention(Q, K, V, **kwargs)
     assert fs.attention(Q, K, V) == pytest.approx(1, abs=1e-6)
+
+
+def test_leading_dimensions_that_numpy_does_not_broadcast():
+    """More than 32 of them, if they differ; as many as there can be, if not."""
+    q = np.ones((1,) * 61 + (2, 2, 2), F32)
+    assert fs.attention(q, q, q).shape == q.shape
+    with pytest.raises(ValueError, match="q, k and v before the heads must broadcast together"):
+        fs.attention(q, q[0, 0], q[0])

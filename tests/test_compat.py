@@ -809,3 +809,24 @@ def test_bfloat16_tensors(torch):
     for line in ("t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)",
                  "torch.from_numpy(y.view(np.int16)).view(torch.bfloat16)"):  # fmt: skip
         assert line in sys.modules["fastsoftmax.compat"].__doc__
+
+
+class Vague:
+    def __bool__(self):
+        raise ValueError("neither")
+
+
+@pytest.mark.parametrize("value", [Vague(), np.array([True, False])], ids=["vague", "array"])
+def test_flags_of_torch_that_are_neither(value):
+    x = np.zeros((1, 2, 2), F32)
+    for name in ("is_causal", "enable_gqa"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False"):
+            ours_torch.scaled_dot_product_attention(x, x, x, **{name: value})
+    with pytest.raises(TypeError, match="hard must be True or False"):
+        ours_torch.gumbel_softmax(x, hard=value)
+    for name, call in (
+        ("dropout_p", lambda **p: ours_torch.scaled_dot_product_attention(x, x, x, **p)),
+        ("label_smoothing", lambda **p: ours_torch.cross_entropy(x[0], [0, 0], **p)),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{name} must be 0"):
+            call(**{name: value})

@@ -1,5 +1,5 @@
-"""As test_guard_pages.py, for arrays with gaps, backwards and broadcast: all arguments of a call have
-the same step between elements and lie against an untouchable page.
+"""As test_guard_pages.py, for arrays with gaps, backwards and broadcast: all arguments of a call
+have the same step between elements and lie against an untouchable page.
 
 Every length from 0 to 257 with `make full`; else those on each side of vectors and blocks.
 """

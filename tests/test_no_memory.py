@@ -1,9 +1,9 @@
 """Memory: none to be had at the k-th allocation, none lost in a million calls.
 
 tests/c/failing_malloc.c is preloaded, and gets every allocation of arrays, of the library, of
-libgomp and of Python's larger objects; the small ones, too, where PYTHONMALLOC=malloc takes them out
-of Python's pools. Some functions of NumPy 2.4 then fail without an exception, which Python turns
-into SystemError.
+libgomp and of Python's larger objects; the small ones, too, where PYTHONMALLOC=malloc takes them
+out of Python's pools. Some functions of NumPy 2.4 then fail without an exception, which Python
+turns into SystemError.
 """
 
 import os
@@ -99,11 +99,15 @@ def preload(tmp_path_factory):
 
 def inject(preload, once, threads, **env):
     code = f"ONCE = {once}\n" + textwrap.dedent(PREPARE) + textwrap.dedent(INJECT)
-    env = os.environ | env | {
-        "LD_PRELOAD": preload,
-        "FASTSOFTMAX_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": "1",
-    }
+    env = (
+        os.environ
+        | env
+        | {
+            "LD_PRELOAD": preload,
+            "FASTSOFTMAX_NUM_THREADS": str(threads),
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
     )
@@ -124,8 +128,8 @@ def test_no_memory_at_the_kth_allocation(preload, threads):
 
 @needs_glibc
 def test_no_memory_for_one_small_object(preload):
-    """Python's own included, at every place in a call. An element that a list has no room for, which
-    Cython 3.3 frees twice in a list comprehension, aborted the process later."""
+    """Python's own included, at every place in a call. (In a list comprehension Cython 3.3 frees an
+    element twice for which the list has no room; the process was aborted later.)"""
     lines = inject(preload, (1,), 1, PYTHONMALLOC="malloc")
     assert len(lines) == 16
     assert sum(int(raised) for _, _, _, raised in lines) > 300

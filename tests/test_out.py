@@ -131,3 +131,17 @@ def test_overlap_of_logsumexp(isa):
             work = x.copy()
             want = fs.logsumexp(x, axis, b=x)
             assert_same_bits(fs.logsumexp(x, axis, b=work, out=work[pick]), want, (axis, pick))
+
+
+def test_the_sign_of_a_sum_whose_logarithm_out_cannot_hold(isa):
+    """-1e30 becomes -inf in float16; the sum is not 0 for that."""
+    x = np.array([[-1e30, -1e30], [-np.inf, -np.inf], [1.0, np.nan], [-1e30, 0.0]])
+    for dtype in (F16, F32):
+        for a in (x, x.astype(F32)):
+            out = np.empty(4, dtype)
+            with np.errstate(over="ignore"):
+                want = fs.logsumexp(a, -1, return_sign=True)[0].astype(dtype)
+            got, sign = fs.logsumexp(a, -1, return_sign=True, out=out)
+            assert got is out and sign.dtype == dtype
+            assert_same_bits(out, want, dtype)
+            assert np.array_equal(sign, [1, 0, np.nan, 1], equal_nan=True)

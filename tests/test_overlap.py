@@ -7,7 +7,7 @@ test_out.py. What is right is what the same call makes of copies.
 
 import numpy as np
 import pytest
-from common import BF16, F32, F64, FLOATS, assert_same_bits, bits, normal, rng
+from common import BF16, F32, F64, FLOATS, assert_same_bits, normal, rng
 
 import fastsoftmax as fs
 from fastsoftmax import ufuncs
@@ -133,8 +133,9 @@ def test_attention(isa, draws):
         assert check(g, buffer, fs.attention_varlen, [*packed, *starts], out, some)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "mask", "sinks", "alibi_slopes", "q_offset",
-                                  "kv_lengths"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["q", "k", "v", "bias", "mask", "sinks", "alibi_slopes", "q_offset", "kv_lengths"]
+)
 def test_out_is_the_memory_of_one_argument(isa, name):
     """Each by itself, so that none is copied because of another."""
     for queries in (1, 6):

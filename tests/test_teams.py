@@ -236,7 +236,8 @@ print(both(0) == want)
         ("x = np.broadcast_to(np.float64(1), (1, 2**33))", "fs.logsumexp(x)"),
         ("x = np.ones(2**27, 'f2')\nfs.set_num_threads(1)",
          "while True: fs.softmax(x, temperature=2.0, out=x)"),
-        ("q, k, v = np.ones((3, 64, 16384, 64), 'f4')", "fs.attention(q, k, v)"),
+        ("q, k, v = np.ones((3, 64, 16384, 64), 'f4'); mask = np.ones((64, 1, 16384), bool);"
+         "bias = np.ones((16384, 1), 'f4')", "fs.attention(q, k, v, mask=mask, bias=bias)"),
         ("q = np.ones((64, 1, 64), 'f4'); k = np.broadcast_to(q, (64, 2**22, 64))",
          "fs.attention(q, k, k)"),
         ("q = np.ones((64, 4096, 64), 'f4'); lse = np.zeros((64, 4096), 'f4')",
@@ -266,8 +267,8 @@ try:
 except KeyboardInterrupt:
     print(time.monotonic() - sent)
 assert abs(float(fs.softmax([0.0, 0.0])[0]) - 0.5) < 1e-9
-if "q" in globals():
-    assert (q == 1).all(), "the input has changed"
+for name in ("q", "k", "v", "mask", "bias"):
+    assert name not in globals() or (globals()[name] == 1).all(), name + " has changed"
 """
     assert float(run(code)) < 0.3, "seconds from the signal to the exception"
 

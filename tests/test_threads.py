@@ -13,6 +13,7 @@ import pytest
 from common import F32, F64, FAMILY, FLOATS, ISAS, KNOWN_ISAS, assert_same_bits, normal
 
 import fastsoftmax as fs
+from fastsoftmax import ufuncs
 
 LONG = 400_000
 
@@ -73,24 +74,42 @@ def test_the_child_helper_notices_a_failure():
 # --- Python threads -------------------------------------------------------------------------------
 
 
-def test_eight_python_threads_give_the_same_bits(isa):
-    """Mixed functions, dtypes and sizes at once; each thread with a count of its own."""
+@pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.full)])
+def test_eight_python_threads_give_the_same_bits(isa, rounds):
+    """Mixed functions, dtypes and sizes at once, each thread with a count of its own; over a
+    hundred calls in each, or over a thousand."""
     shapes = (9, 100), (1000, 24), (70_000,), (130, 513)
     inputs = [normal(shape, dtype) for shape in shapes for dtype in FLOATS]
     functions = (*FAMILY, fs.logsumexp)
     calls = [(f, x, axis) for f in functions for x in inputs for axis in {0, x.ndim - 1}]
+    for queries in (1, 80):
+        q, k = normal((4, queries, 16), F32), normal((2, 1200, 16), F32)
+        out, lse = fs.attention(q, k, k, return_lse=True)
+        packed = [a.swapaxes(0, 1) for a in (q, k, k)]
+        calls += [
+            (fs.attention, q, k, k),
+            (fs.attention_backward, q, q, k, k, out, lse),
+            (fs.merge_attention, out, lse, q, lse),
+            (fs.attention_varlen, *packed, [0, 1, queries], [0, 500, 1200]),
+        ]
+    logits, labels = normal((1500, 40), F32), np.arange(1500) % 40
+    calls += [(fs.cross_entropy, logits, labels), (ufuncs.softmax, logits)]
+
+    def parts(result):
+        return result if isinstance(result, tuple) else (result,)
+
     with fs.num_threads(1):
-        want = [f(x, axis) for f, x, axis in calls]
+        want = [parts(f(*arguments)) for f, *arguments in calls]
     failures, start = [], threading.Barrier(8)
 
     def work(k):
         try:
             start.wait(30)
             with fs.num_threads(k % 3 + 1):
-                order = np.random.default_rng(k).permutation(len(calls))
-                for i in order:
-                    f, x, axis = calls[i]
-                    assert_same_bits(f(x, axis), want[i], (f.__name__, x.shape, axis))
+                for i in np.random.default_rng(k).permutation(rounds * len(calls)) % len(calls):
+                    f, *arguments = calls[i]
+                    for got, right in zip(parts(f(*arguments)), want[i], strict=True):
+                        assert_same_bits(got, right, (f.__name__, np.shape(arguments[0])))
                     assert fs.get_num_threads() == k % 3 + 1
         except BaseException as error:
             failures.append(error)
@@ -99,7 +118,7 @@ def test_eight_python_threads_give_the_same_bits(isa):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(60 * rounds)
     assert not any(worker.is_alive() for worker in workers), "a thread hangs"
     assert not failures, failures[0]
 

@@ -124,15 +124,9 @@ static fsm_status gradients(int threads, float *out) { /* dk and dv: what pieces
 static const struct {
     const char *name;
     call call;
-} calls[] = {{"rows", rows},
-             {"one row", one_row},
-             {"columns", columns},
-             {"fused", fused},
-             {"backward", backward},
-             {"attention", many_queries},
-             {"decode", one_query},
-             {"packed", packed},
-             {"gradients", gradients}};
+} calls[] = {{"rows", rows},        {"one row", one_row},   {"columns", columns},
+             {"fused", fused},      {"backward", backward}, {"attention", many_queries},
+             {"decode", one_query}, {"packed", packed},     {"gradients", gradients}};
 
 /* ---- at once ---- */
 
