@@ -268,7 +268,9 @@ except KeyboardInterrupt:
     print(time.monotonic() - sent)
 assert abs(float(fs.softmax([0.0, 0.0])[0]) - 0.5) < 1e-9
 for name in ("q", "k", "v", "mask", "bias"):
-    assert name not in globals() or (globals()[name] == 1).all(), name + " has changed"
+    a = globals().get(name, np.ones(1))
+    once = tuple(slice(1 if stride == 0 else None) for stride in a.strides)
+    assert (a[once] == 1).all(), name + " has changed"
 """
     assert float(run(code)) < 0.3, "seconds from the signal to the exception"
 
