@@ -78,7 +78,8 @@ static void cut_keys(const fsm_attention_plan *p, sequence *s, ptrdiff_t places)
     s->parts = most(1, (s->keys + s->part_keys - 1) / s->part_keys);
     s->per_place = p->chunks * s->parts;
     s->tasks = places * s->per_place;
-    s->task_work = (double)p->chunk * row_work(&p->problem, least(s->keys, s->part_keys));
+    /* It waits for the memory, and takes a few times as long as so much of many queries. */
+    s->task_work = 4 * (double)p->chunk * row_work(&p->problem, least(s->keys, s->part_keys));
 }
 
 static ptrdiff_t part_bytes(const fsm_attention_plan *p, ptrdiff_t heads) {
