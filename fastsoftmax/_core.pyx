@@ -256,8 +256,8 @@ cdef _reciprocal(temperature, shape, compute, fsm_problem *problem, bint negate)
         if problem.reduced[d] and t.shape[d - offset] != 1:
             raise ValueError("temperature must have length 1 along axis, got shape "
                              f"{t.shape} for x of shape {shape}")
-    t = t.astype(np.float64)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # a signalling NaN warns when it is cast
+        t = t.astype(np.float64)
         r = (1 / t).astype(compute)
     bad = ~(np.isfinite(t) & (t > 0) & np.isfinite(r) & (r > 0))
     if bad.any():

@@ -47,9 +47,10 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
         if np.shape(weight) != (classes,):
             raise ValueError(f"weight must have shape ({classes},), one number for each class, got "
                              f"{np.shape(weight)}")
-        rows = weight.astype(np.float64)[places] if classes else 0.0
-        rows = np.where(seen, rows, 0)
-        total = rows.sum()
+        with np.errstate(all="ignore"):
+            rows = weight.astype(np.float64)[places] if classes else 0.0
+            rows = np.where(seen, rows, 0)
+            total = rows.sum()
     _describe(problem, FSM_X, x)
     _describe_reduced(problem, FSM_LABEL, places, False)
     return x, places, compute, rows, total

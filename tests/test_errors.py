@@ -5,7 +5,7 @@ A message names the argument, shows what was given and says what is accepted.
 
 import numpy as np
 import pytest
-from common import F16, F32, FAMILY
+from common import F16, F32, F64, FAMILY
 from numpy.exceptions import AxisError
 
 import fastsoftmax as fs
@@ -380,3 +380,17 @@ def test_mode_of_show_config():
     for mode in ("html", None, X, np.zeros(2, [("a", "f4")])):
         with pytest.raises(ValueError, match=r"^mode must be 'stdout' or 'dicts', got"):
             fs.show_config(mode)
+
+
+SIGNALLING = np.array(0x7FA00000, np.uint32).view(F32)
+
+
+def test_signalling_nan_is_refused_or_computed_without_a_warning():
+    """NumPy warns when it casts one."""
+    x = np.zeros((2, 2), F32)
+    for dtype in (F32, F64):
+        with pytest.raises(ValueError, match="temperature must be finite"):
+            fs.softmax(x.astype(dtype), temperature=SIGNALLING)
+    for weight in (np.tile(SIGNALLING, 2), np.array([np.inf, -np.inf], F32)):
+        assert np.isnan(fs.cross_entropy(x, [0, 1], weight=weight))
+        assert np.isnan(fs.cross_entropy_backward(1, x, [0, 1], weight=weight)).all()
