@@ -96,8 +96,7 @@ FSM_INLINE void few_exp(real *tile, const vec *max, int lanes, ptrdiff_t n, int 
         const exp_vref r = exp_references(max[g / VL]);
         FSM_UNROLL(2)
         for (ptrdiff_t i = 0; i < n; i++)
-            v_store(tile + i * lanes + g,
-                    exp_vec(v_load(tile + i * lanes + g), r, shift, normal));
+            v_store(tile + i * lanes + g, exp_vec(v_load(tile + i * lanes + g), r, shift, normal));
     }
 }
 

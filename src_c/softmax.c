@@ -29,7 +29,7 @@ enum {
     CHUNK_BYTES = 1 << 16,   /* of a piece of a longer one */
     FUSED_BYTES = 1 << 13,   /* of fused rows at a time: a quarter of the nearest cache */
     FUSED_MOST = 1 << 14,    /* elements of a fused row */
-    CACHE_BYTES = 1 << 25,  /* of x and out that a last-level cache is not expected to hold */
+    CACHE_BYTES = 1 << 25,   /* of x and out that a last-level cache is not expected to hold */
     DIRECT_MOST = 1 << 18,   /* elements of a direct row; a longer one is worth being dealt */
     SLICE = 1 << 23          /* elements done between two looks at the signals: 10 ms or so */
 };

@@ -162,7 +162,6 @@ FSM_INLINE exp_ref row_ref(const fsm_state *st, int l) {
 #undef ASK_IN_EXP
 #define ASK_IN_EXP (REGISTERS < 32)
 
-
 /* e = exp of a run; e == x is fine. As many bytes from `ask` on, if it is not NULL, are asked for.
  * Where registers abound (REGISTERS) one vector is begun while the one before is ended, in its
  * shadow. */
@@ -184,8 +183,7 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         FSM_PREFETCH(ask + i * (ptrdiff_t)sizeof(real));
         FSM_UNROLL(8)
         for (int j = 0; j < LINE; j += VL)
-            v_store(e + i + j,
-                    exp_vec(load_as(dtype, x, i + j, VL, v_set1(0)), r, shift, normal));
+            v_store(e + i + j, exp_vec(load_as(dtype, x, i + j, VL, v_set1(0)), r, shift, normal));
     }
     FSM_UNROLL(2)
     for (; i + VL <= n; i += VL)
@@ -197,8 +195,8 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
 
 FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                        int normal, const char *ask) {
-#define CALL(DTYPE)                                                     \
-    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL);           \
+#define CALL(DTYPE)                                                         \
+    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL);               \
     else if (ASK_IN_EXP && ask) exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask); \
     else exp_run_as(DTYPE, e, x, n, ref, 0, 1, NULL)
     SWITCH_DTYPE(dtype, CALL);
@@ -216,8 +214,8 @@ FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrd
 
 FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride, int rows,
                         ptrdiff_t n, const fsm_state *st, const char *ask) {
-#define CALL(DTYPE)                                                                     \
-    if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL);         \
+#define CALL(DTYPE)                                                                       \
+    if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL);           \
     else if (ASK_IN_EXP && ask) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, ask); \
     else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, NULL)
     SWITCH_DTYPE(dtype, CALL);
