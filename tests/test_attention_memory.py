@@ -31,6 +31,9 @@ import fastsoftmax as fs
 MB = 1 << 20
 ALLOWED = 8.0  # MB above what the inputs and the output take
 
+but_scalar = pytest.mark.parametrize(  # which takes its time
+    "name", [pytest.param(n, marks=pytest.mark.full if n == "scalar" else ()) for n in ISAS]
+)
 needs_proc = pytest.mark.skipif(
     not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc"
 )
@@ -76,6 +79,17 @@ MEASURE = """
         shared = numbers(100, 8)
         fs.attention(shared, shared, shared)  # the threads are there
         return peak(fs.attention, q, k, v, out=out, **kwargs)
+
+    def derive(q, k, v, **kwargs):
+        # Without the results: the arrays that are returned, and for halves the same in float32.
+        asked = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("return")}
+        out, lse = fs.attention(q, k, v, **kwargs, return_lse=True)
+        grad = numbers(*out.shape, dtype=out.dtype)
+        arrays = []
+        above = peak(lambda: arrays.extend(
+            fs.attention_backward(grad, q, k, v, out, lse, **kwargs, **asked)))
+        once = 1 if q.dtype.itemsize > 2 else 3
+        return above - once * sum(a.nbytes for a in arrays) / 2**20
 
     def page_in(megabytes):
         np.empty(megabytes << 20, np.uint8).fill(1)
@@ -161,9 +175,52 @@ def test_queries_are_read_where_they_lie(isa, record_max):
 
 
 @needs_proc
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.full if n == "scalar" else ()) for n in ISAS]
-)
+@but_scalar
+def test_gradients_materialise_no_scores(name, record_max):
+    """4096 x 4096 and twice that: weights, or gradients of scores, would take 64 and 256 MB."""
+    peaks = measured(
+        name,
+        """
+        n = 4096
+        q, k, v = (numbers(n, 16) for _ in range(3))
+        for count in (1, 3):
+            with fs.num_threads(count):
+                print("threads", count, derive(q, k, v))
+        print("causal", derive(q, k, v, is_causal=True, softcap=3.0))
+        print("sinks, alibi", derive(q, k, v, alibi_slopes=np.ones(1), sinks=np.ones(1),
+                                     return_dsinks=True))
+        print("grouped", derive(numbers(4, n // 2, 16), numbers(1, n // 2, 16), v[None, : n // 2]))
+        print("row mask", derive(q, k, v, mask=ones(n), window=(300, 0)))
+        print("bias of keys", derive(q, k, v, bias=numbers(n), return_dbias=True, window=(300, 0)))
+        print("float16", derive(*(a.astype("f2") for a in (q, k, v)), is_causal=True))
+        q, k, v = (numbers(2 * n, 16) for _ in range(3))
+        print("twice as long", derive(q, k, v, is_causal=True))
+        """,
+    )
+    for what, peak in peaks.items():
+        record_max(f"peak above the arrays, gradients, {what}", peak, ALLOWED, name, "MB")
+
+
+@needs_proc
+def test_packed_sequences_are_not_padded(isa, record_max):
+    """One of 8192 and 500 of 16: padded, each of q, k and v would take 1 GB."""
+    peaks = measured(
+        isa,
+        """
+        lengths = [2048 if _core.isa() == "scalar" else 8192, *[16] * 500]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        q, k, v = (numbers(starts[-1], 2, 32) for _ in range(3))
+        out = numbers(starts[-1], 2, 32)
+        shared = numbers(100, 8)
+        fs.attention(shared, shared, shared)
+        print("packed", peak(fs.attention_varlen, q, k, v, starts, starts, out=out, is_causal=True))
+        """,
+    )
+    record_max("peak above the arrays, packed", peaks["packed"], ALLOWED, isa, "MB")
+
+
+@needs_proc
+@but_scalar
 def test_sixteen_thousand_by_sixteen_thousand(name, record_max):
     """A gigabyte of scores."""
     peaks = measured(name, "print('peak', attend(*(numbers(1 << 14, 64) for _ in range(3))))")
