@@ -242,7 +242,7 @@ def test_each_implementation_is_right(name):
     fused = [Softmax((6, 5), fused=fused) for fused in ("", "where", "bias", "temperature")]
     logs = [Softmax((6, 4, 5), axis=1, function=f) for f in ("log_softmax", "logsumexp")]
     types = [Softmax((6, 50), dtype) for dtype in ("float16", "bfloat16", "float64")]
-    modes = "full", "causal", "window", "padding", "bias"
+    modes = "full", "causal", "window", "padding", "bias", "backward", "packed"
     attention = [Attention((2, 4, 4, 9, 9, 16), mode) for mode in modes]
     attention += [Attention((2, 4, 2, n, 9, 16), t) for n, t in ((9, "causal"), (1, "full"))]
     ours = name in ("fastsoftmax", "floor")
@@ -258,9 +258,14 @@ def test_each_implementation_is_right(name):
 
 
 def test_a_wrong_peer_is_found_out(monkeypatch):
-    wrong = lambda case, **operands: lambda: next(iter(operands.values())).copy()  # noqa: E731
+    def wrong(case, **operands):
+        copies = tuple(operands[name].copy() for name in "qkv" if name in operands)
+        return lambda: copies if "grad" in operands else next(iter(operands.values())).copy()
+
     monkeypatch.setitem(IMPLEMENTATIONS, "numpy", (wrong, wrong))
-    for case in (Softmax((4, 6)), Attention((1, 2, 2, 4, 4, 8)), Softmax((4, 6), "bfloat16")):
+    modes = "full", "backward", "packed"
+    attention = [Attention((2, 2, 2, 4, 4, 8), mode) for mode in modes]
+    for case in (Softmax((4, 6)), *attention, Softmax((4, 6), "bfloat16")):
         if case.dtype == "bfloat16":
             pytest.importorskip("ml_dtypes")
         with pytest.raises(ArithmeticError):

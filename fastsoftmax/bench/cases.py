@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
-from fastsoftmax import reference
+from fastsoftmax import reference, reference_gradients
 
 
 def dtype_of(name):
@@ -89,7 +90,9 @@ class Attention:
     """One call of attention, on (batch, heads, heads of k and v, queries, keys, depth).
 
     mode is "full"; "causal"; "window", of the 256 keys up to the query's position; "padding", a
-    mask [batch, 1, 1, keys] that hides up to half of the keys; or "bias" [1, heads, queries, keys].
+    mask [batch, 1, 1, keys] that hides up to half of the keys; "bias" [1, heads, queries, keys];
+    "backward", the gradients of a causal call; or "packed", causal sequences one behind the other,
+    the first of `queries` positions and batch - 1 of `keys`.
     """
 
     shape: tuple[int, int, int, int, int, int]
@@ -116,7 +119,11 @@ class Attention:
     @property
     def causal(self):
         """Whether no query sees what follows it."""
-        return self.mode == "causal"
+        return self.mode in ("causal", "backward", "packed")
+
+    def starts(self):
+        """Where each of the packed sequences begins, and the last one ends."""
+        return np.cumsum([0, self.queries, *[self.shape[4]] * (self.shape[0] - 1)])
 
     def lengths(self):
         """How many keys of each sequence are not padding, as an array [batch, 1, 1, 1]."""
@@ -135,12 +142,15 @@ class Attention:
         if queries == 1:
             return 2 * batch * kv_heads * keys * depth * dtype_of(self.dtype).itemsize, "GB/s"
         pairs = batch * queries * keys
-        if self.mode in ("causal", "window"):
+        if self.mode == "packed":
+            pairs = sum(n * (n + 1) // 2 for n in np.diff(self.starts()).tolist())
+        elif self.causal or self.window:
             farthest = self.window[0] + 1 if self.window else keys
             pairs = batch * int(np.clip(np.arange(1, queries + 1), 0, min(farthest, keys)).sum())
         elif self.mode == "padding":
             pairs = queries * int(self.lengths().sum())
-        return 4 * depth * heads * pairs, "GFLOP/s"
+        products = 5 if self.mode == "backward" else 2
+        return 2 * products * depth * heads * pairs, "GFLOP/s"
 
     def small(self):
         """The same with fewer sequences, heads, queries and keys."""
@@ -153,18 +163,42 @@ class Attention:
         """By name, the same in every process."""
         batch, heads, kv_heads, queries, keys, depth = self.shape
         r, dtype = np.random.default_rng(2026), dtype_of(self.dtype)
-        shapes = (heads, queries), (kv_heads, keys), (kv_heads, keys)
-        q, k, v = (r.standard_normal((batch, *n, depth), np.float32).astype(dtype) for n in shapes)
+        shapes = [(batch, *n) for n in ((heads, queries), (kv_heads, keys), (kv_heads, keys))]
+        if self.mode == "packed":
+            shapes = [(self.starts()[-1], n) for n in (heads, kv_heads, kv_heads)]
+        q, k, v = (r.standard_normal((*n, depth), np.float32).astype(dtype) for n in shapes)
         more = {}
-        if self.mode == "padding":
+        if self.mode == "packed":
+            more["starts"] = self.starts()
+        elif self.mode == "backward":
+            more["grad"] = r.standard_normal(q.shape, np.float32).astype(dtype)
+        elif self.mode == "padding":
             more["mask"] = np.arange(keys) < self.lengths()
         elif self.mode == "bias":
             more["bias"] = r.standard_normal((1, heads, queries, keys), np.float32).astype(dtype)
         return {"q": q, "k": k, "v": v} | more
 
-    def is_right(self, got, q, k, v, mask=None, bias=None):
-        """Whether the first, middle and last queries are, but for the rounding usual of peers."""
+    def is_right(self, got, q, k, v, mask=None, bias=None, grad=None, starts=None):
+        """Whether the first, middle and last queries are, but for the rounding usual of peers.
+
+        Of packed sequences the first two are looked at, of gradients those of one head.
+        """
+        if starts is not None:
+            _, *heads, _, _, depth = self.shape
+            for i, j in pairwise(starts[:3].tolist()):
+                alone = Attention((1, *heads, j - i, j - i, depth), "causal", self.dtype)
+                if not alone.is_right(*(a[i:j].swapaxes(0, 1)[None] for a in (got, q, k, v))):
+                    return False
+            return True
         tolerance = {"float16": 0.02, "bfloat16": 0.05}.get(self.dtype, 1e-3)
+        if grad is not None:
+            group = self.shape[1] // self.shape[2]
+            q, grad = q[:1, :group], grad[:1, :group]
+            k, v = k[:1, :1], v[:1, :1]
+            forward = reference.attention(q, k, v, is_causal=True, return_lse=True)
+            true = reference_gradients.attention_backward(grad, q, k, v, *forward, is_causal=True)
+            pairs = [(a[:1, : t.shape[1]], t) for a, t in zip(got, true, strict=True)]
+            return all(abs(a - t).max() <= tolerance * abs(t).max() for a, t in pairs)
         n = min(self.queries, 64)
         options = {"mask": mask, "is_causal": self.causal, "window": self.window}
         for first in {0, (self.queries - n) // 2, self.queries - n}:
@@ -242,6 +276,11 @@ SUITES = {
             Attention((1, 12, 12, 512, 512, 64), "bias"),
         ],
         "decode": [Attention((1, 32, 8, 1, 4096, 128)), Attention((1, 1, 1, 1, 32768, 128))],
+        "gradients": [
+            Attention((1, 8, 8, 2048, 2048, 64), "backward"),
+            Attention((4, 12, 12, 512, 512, 64), "backward"),
+        ],
+        "packed": [Attention((501, 8, 8, 8192, 16, 64), "packed")],
         **{
             f"{dtype} {mode}": [Attention(shape, mode.replace("decode", "full"), dtype)]
             for dtype in ("float16", "bfloat16")
@@ -263,6 +302,7 @@ THREADS = [  # measured with 1, 2, 4 ... threads
     *(Attention((1, 8, 8, 2048, 2048, 64), mode) for mode in ("full", "causal")),
     Attention((1, 32, 8, 1, 4096, 128)),
     Attention((1, 1, 1, 1, 32768, 128)),
+    Attention((501, 2, 2, 8192, 16, 64), "packed"),
 ]
 
 _K = [1024 << i for i in range(7)]

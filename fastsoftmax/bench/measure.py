@@ -39,7 +39,9 @@ def best_time(call, seconds=0.2):
 
 
 def as_float64(y):
-    """Any framework's array of any dtype as a NumPy array."""
+    """Any framework's array of any dtype, or a tuple of them, as NumPy's."""
+    if isinstance(y, tuple):
+        return [as_float64(one) for one in y]
     return y.double().numpy() if hasattr(y, "double") else np.asarray(y, np.float64)
 
 

@@ -39,8 +39,14 @@ def fastsoftmax_softmax(case, x, **fused):
     return lambda: function(x, axis=case.axis, out=out, **fused)
 
 
-def fastsoftmax_attention(case, q, k, v, **more):
+def fastsoftmax_attention(case, q, k, v, starts=None, grad=None, **more):
     """Us."""
+    if starts is not None:
+        packed = {"is_causal": True, "out": np.empty_like(q)}
+        return lambda: fs.attention_varlen(q, k, v, starts, starts, **packed)
+    if grad is not None:
+        forward = fs.attention(q, k, v, is_causal=True, return_lse=True)
+        return lambda: fs.attention_backward(grad, q, k, v, *forward, is_causal=True)
     more |= {"is_causal": case.causal, "window": case.window, "out": np.empty_like(q)}
     return lambda: fs.attention(q, k, v, **more)
 
@@ -191,10 +197,25 @@ def torch_softmax_out(case, **operands):
     return lambda: function(logits(torch, **operands), case.axis, out=out)
 
 
+def torch_gradients(case, q, k, v, grad):
+    """Backwards through scaled_dot_product_attention; what its forward pass keeps is kept."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    *qkv, grad = torch_tensors({"q": q, "k": k, "v": v, "grad": grad}).values()
+    torch.set_grad_enabled(True)
+    qkv = [tensor.requires_grad_() for tensor in qkv]
+    options = {"is_causal": True, "enable_gqa": case.shape[1] != case.shape[2]}
+    out = scaled_dot_product_attention(*qkv, **options)
+    return lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True)
+
+
 def torch_attention(case, q, k, v, **more):
     """Through torch.nn.functional.scaled_dot_product_attention."""
     from torch.nn.functional import scaled_dot_product_attention
 
+    if "grad" in more:
+        return torch_gradients(case, q, k, v, **more)
     mask = one_mask(case, **more)
     operands = {"query": q, "key": k, "value": v} | ({} if mask is None else {"attn_mask": mask})
     options = {"is_causal": case.causal, "enable_gqa": case.shape[1] != case.shape[2]}
