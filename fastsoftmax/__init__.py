@@ -4,10 +4,10 @@ A map of the house. The public names below come from ``_core``, the only Cython 
 ``_*.pxi``), which checks the arguments, makes a plan and calls the C library in ``src_c``;
 all arithmetic is there, compiled once for each instruction set (ISA) and chosen when the package is
 imported. ``ufuncs`` and ``compat`` have them as ufuncs and under the names of other libraries,
-``dask`` over dask arrays. ``reference`` has the same functions in a few lines of NumPy each
-(``reference_gradients`` those for training): read it to know what a function means, use it to test
-one. ``__main__`` is the command line (``fastsoftmax demo | info | selftest | bench | apply``);
-``bench`` and ``apply`` are behind the last of these.
+``dask`` and ``awkward`` over their arrays. ``reference`` has the same functions in a few lines of
+NumPy each (``reference_gradients`` those for training): read it to know what a function means, use
+it to test one. ``__main__`` is the command line (``fastsoftmax demo | info | selftest | bench |
+apply``); ``bench`` and ``apply`` are behind the last of these.
 """
 
 __version__ = "0.1.0.dev0"

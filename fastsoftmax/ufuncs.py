@@ -17,12 +17,9 @@ lets an argument with ``__array_ufunc__`` take over, so that
 - subclasses of ndarray, such as those with units, decide for themselves.
 
 Awkward Array hands a ufunc the numbers of all lists at once, which is right for ``np.exp`` and not
-for a softmax of each list. Pad a jagged array and mask the padding, which changes no bit::
-
-    counts = ak.num(jagged)
-    padded = ak.to_numpy(ak.fill_none(ak.pad_none(jagged, ak.max(counts)), 0))
-    inside = np.arange(padded.shape[1]) < ak.to_numpy(counts)[:, None]
-    result = ak.unflatten(fastsoftmax.softmax(padded, where=inside)[inside], counts)
+for a softmax of each list. :mod:`fastsoftmax.awkward` has the functions for jagged arrays, and
+makes these ufuncs work list by list on lists that have a name: Awkward lets nobody overload a ufunc
+for lists that have none.
 
 What differs otherwise: ``logsumexp`` is that of the last axis, not of all; x needs a dimension; an
 ``out`` that overlaps the input, also x itself, costs a copy; masked arrays are not refused, but

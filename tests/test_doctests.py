@@ -10,7 +10,7 @@ import pytest
 from common import PUBLIC
 
 import fastsoftmax as fs
-from fastsoftmax import compat, reference, ufuncs
+from fastsoftmax import compat, reference, reference_gradients, ufuncs
 from fastsoftmax.compat import scipy, torch
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -53,9 +53,10 @@ def test_public_docstring_is_numpydoc(name):
 
 def assert_numpydoc(function):
     name, doc = function.__name__, inspect.getdoc(function)
-    for section in ("Parameters\n----------", "Returns\n-------", "Examples\n--------"):
+    returns = () if name == "register" else ("Returns\n-------",)
+    for section in ("Parameters\n----------", *returns, "Examples\n--------"):
         assert section in doc, f"{name}: no section {section.splitlines()[0]}"
-    parameters = doc.split("Parameters\n----------\n")[1].split("Returns\n-------")[0]
+    parameters = re.split(r"\n\w+\n----", doc.split("Parameters\n----------\n")[1])[0]
     documented = set(
         re.findall(r"\w+", " ".join(re.findall(r"^(\w[\w, ]*?) ?(?::|$)", parameters, re.M)))
     )
@@ -78,10 +79,10 @@ def test_compat(module):
         assert_numpydoc(function)
 
 
-def test_dask():
-    """The functions over dask arrays, likewise."""
-    dask = pytest.importorskip("fastsoftmax.dask", exc_type=ImportError)
-    test_compat(dask)
+@pytest.mark.parametrize("name", ["dask", "awkward"])
+def test_arrays_of_other_libraries(name):
+    """Their functions, likewise."""
+    test_compat(pytest.importorskip(f"fastsoftmax.{name}", exc_type=ImportError))
 
 
 def test_compat_docstring():
@@ -94,10 +95,11 @@ def test_ufuncs():
         assert run(getattr(ufuncs, name).__doc__, name, "docstring"), f"{name} has no example"
 
 
-def test_reference():
+@pytest.mark.parametrize("module", [reference, reference_gradients], ids=lambda m: m.__name__)
+def test_reference(module):
     finder = doctest.DocTestFinder()
-    tests = finder.find(reference, "reference", globs={**vars(reference), "reference": reference})
-    assert sum(len(t.examples) for t in tests), "reference.py has no examples"
+    tests = finder.find(module, "reference", globs={**vars(module), "reference": reference})
+    assert sum(len(t.examples) for t in tests), f"{module.__name__} has no examples"
     for test in tests:
         output = []
         failed, _ = doctest.DocTestRunner(optionflags=FLAGS).run(test, out=output.append)

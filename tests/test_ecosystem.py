@@ -1,7 +1,5 @@
 """fastsoftmax.ufuncs in libraries that work with ufuncs; skipped where one is missing."""
 
-import re
-
 import numpy as np
 import pytest
 from common import BF16, F16, F32, F64, assert_same_bits, normal
@@ -75,19 +73,111 @@ def test_xarray(dask):
     assert_same_bits(y.values, fs.logsumexp(values, 1))
 
 
-def test_awkward():
-    """A jagged array by the lines of the documentation: the bits of each list alone."""
-    ak = pytest.importorskip("awkward")
-    lists = [normal(n, F64, 3.0, n) for n in (3, 0, 1, 40, 7)]
-    jagged = ak.Array(lists)
-    (recipe,) = re.findall(r"::\n\n((?:    .*\n)+)", ufuncs.__doc__)
-    assert "jagged" in recipe
-    scope = {"ak": ak, "np": np, "fastsoftmax": fs, "jagged": jagged}
-    exec(re.sub("^    ", "", recipe, flags=re.M), scope)
-    result = scope["result"]
-    assert ak.num(result).tolist() == [3, 0, 1, 40, 7]
-    for got, one in zip(result, lists, strict=True):
-        assert_same_bits(np.asarray(got), fs.softmax(one))
-    # What the documentation warns of: a ufunc is given all the numbers at once.
-    together = ak.to_numpy(ak.flatten(ufuncs.softmax(jagged)))
-    assert_same_bits(together, fs.softmax(np.concatenate(lists)))
+# --- Awkward Array --------------------------------------------------------------------------------
+
+LISTS = [normal(n, F64, 3.0, n) for n in (3, 0, 1, 40, 7, 1, 40_000, 3)]
+
+
+@pytest.fixture
+def ak(monkeypatch):
+    """The library, whose table of overloads is put back after the test."""
+    awkward = pytest.importorskip("awkward")
+    monkeypatch.setattr(awkward, "behavior", dict(awkward.behavior))
+    return awkward
+
+
+def of_lists(function, nested, depth=2):
+    """What the functions for jagged arrays should give: a call for each of the innermost lists."""
+    if nested is None:
+        return None
+    if depth > 1:
+        return [of_lists(function, one, depth - 1) for one in nested]
+    there = np.array([one for one in nested if one is not None], F64)
+    got = function(there, -1).tolist()
+    if function is fs.logsumexp:
+        return got
+    given = iter(got)
+    return [None if one is None else next(given) for one in nested]
+
+
+@pytest.mark.parametrize("name", ufuncs.__all__)
+def test_awkward(isa, ak, name):
+    """Jagged arrays by the functions: the bits of each list alone."""
+    import fastsoftmax.awkward as fsa
+
+    function = getattr(fs, name)
+    for dtype in (F64, F32, F16, np.dtype(np.int8)):
+        lists = [one.astype(dtype) for one in LISTS]
+        x = ak.unflatten(np.concatenate(lists), [one.size for one in lists])
+        for changed, kept in ((x, lists), (x[::-1], lists[::-1]), (x[2:5], lists[2:5])):
+            result = getattr(fsa, name)(changed)
+            assert type(result) is ak.Array and len(result) == len(kept)
+            for got, one in zip(result, kept, strict=True):
+                assert_same_bits(np.asarray(got), np.asarray(function(one, -1)), (name, dtype))
+    for nested, depth in (
+        ([[[1.0, 2.0], []], [], [[3.0]]], 3),
+        ([[1.0, None, 3.0], [None], [], [0.5]], 2),
+        ([None, [1.0, 2.0], None], 2),
+        ([[None, [1.0, None]], [[]]], 3),
+    ):
+        assert getattr(fsa, name)(nested).tolist() == of_lists(function, nested, depth)
+    for regular in (normal((3, 4), F32), normal((2, 3, 4), F32)):
+        got = ak.to_numpy(getattr(fsa, name)(regular))
+        assert_same_bits(got, function(regular, -1))
+    for empty in (x[:0], ak.Array([[], []]), ak.Array([[[1.0]], []])[1:]):
+        assert ak.to_list(getattr(fsa, name)(empty)) in ([], [[], []], [-np.inf] * 2, [[]])
+    assert ak.to_list(getattr(fsa, name)([1.0, None, 2.0])) == of_lists(
+        function, [1.0, None, 2.0], 1
+    )
+
+
+def test_awkward_refuses(ak):
+    import fastsoftmax.awkward as fsa
+
+    for bad in ([["a"]], [{"x": 1.0}], [[{"x": 1.0}]], [["a", 1.0]], ["words"]):
+        with pytest.raises(TypeError, match="x must hold lists of numbers, got"):
+            fsa.softmax(bad)
+    with pytest.raises(TypeError, match="x has dtype complex128"):
+        fsa.logsumexp([[1j]])
+    for axis in (0, None, 1):
+        with pytest.raises(ValueError, match="axis must be -1"):
+            fsa.softmax([[1.0]], axis)
+
+
+@pytest.mark.parametrize("name", ufuncs.__all__)
+def test_awkward_ufuncs(ak, name):
+    """The ufuncs on lists that have the name; other ufuncs and other lists as ever."""
+    import fastsoftmax.awkward as fsa
+
+    ufunc, function = getattr(ufuncs, name), getattr(fs, name)
+    plain = ak.Array([one[:50] for one in LISTS])
+    named = ak.with_parameter(plain, "__list__", "logits")
+    with pytest.raises(TypeError, match="overloads for custom types"):
+        ufunc(named)
+    fsa.register()
+    assert ufunc(named).tolist() == of_lists(function, plain.tolist())
+    assert ufunc(named / 2 + named).tolist() == of_lists(function, (plain / 2 + plain).tolist())
+    nested = ak.unflatten(plain, [3, 0, 5]).tolist()
+    got = ufunc(ak.unflatten(named, [3, 0, 5])).tolist()
+    assert got == of_lists(function, nested, 3)
+    parts = np.modf(named)
+    assert [one.tolist() for one in parts] == [one.tolist() for one in np.modf(plain)]
+    for array in (named, parts[1], np.negative(named), named + 1, 1 + named, named + named):
+        assert ak.parameters(array)["__list__"] == "logits"
+    assert (np.exp(named) == np.exp(plain)).tolist() == [[True] * n for n in ak.num(plain)]
+    fsa.register("scores")
+    scores = ak.with_parameter(plain, "__list__", "scores")
+    assert ufunc(scores).tolist() == ufunc(named).tolist()
+    # What the documentation warns of: of lists without a name all numbers are given at once.
+    if name != "logsumexp":
+        together = ak.to_numpy(ak.flatten(ufunc(plain)))
+        assert_same_bits(together, function(ak.to_numpy(ak.flatten(plain)), -1))
+
+
+def test_lists_do_not_lead_outside():
+    """The private function behind it checks where rows begin and end."""
+    of_lists = fs._core._of_lists
+    assert of_lists("softmax", [1, 2, 3], [0, 1, 1, 3]).tolist() == [1.0, *fs.softmax([2, 3])]
+    for starts in ([0, 4], [1, 3], [0, 2], [0, 5, 3], [0.0, 3.0], [], [[0, 3]]):
+        with pytest.raises((ValueError, TypeError), match="starts"):
+            of_lists("softmax", np.ones(3), starts)
