@@ -117,7 +117,7 @@ FLAGS_asm = -O3
 ISAS_asm = $(ISA)
 
 TARGETS = mutate coverage sanitize tsan valgrind emulate cross plain asm
-LIBRARY = dispatch parallel softmax attention attention_backward embed
+LIBRARY = dispatch parallel softmax attention attention_backward embed parts
 vpath %.c src_c tests/c
 
 define drivers_for

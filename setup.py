@@ -132,6 +132,7 @@ core = Extension(
         "src_c/attention_backward.c",
         "src_c/dispatch.c",
         "src_c/embed.c",
+        "src_c/parts.c",
         "src_c/parallel.c",
         "src_c/softmax.c",
     ],

@@ -53,6 +53,23 @@ cdef extern from "fastsoftmax.h" nogil:
                            ptrdiff_t rows, ptrdiff_t n)
     int fsm_is_small(ptrdiff_t elements)
 
+    enum:
+        FSM_PARTS
+
+    ctypedef struct fsm_parts:
+        fsm_op op
+        fsm_dtype compute, x_dtype, out_dtype
+        const fsm_isa *isa
+        int threads
+        ptrdiff_t rows, n, whole
+        const void *x
+        const void *max
+        int64_t *sums
+        void *out
+
+    void fsm_parts_sum(const fsm_parts *parts)
+    void fsm_parts_map(const fsm_parts *parts)
+
     ctypedef enum fsm_attention_operand:
         FSM_ATTN_Q, FSM_ATTN_K, FSM_ATTN_V, FSM_ATTN_MASK, FSM_ATTN_BIAS, FSM_ATTN_OFFSET
         FSM_ATTN_LENGTHS, FSM_ATTN_SINKS, FSM_ATTN_SLOPES, FSM_ATTN_OUT, FSM_ATTN_LSE

@@ -4,8 +4,8 @@ The functions below own the semantics: dtypes, axes, broadcasting, overlap, erro
 to C (fastsoftmax.h) is a set of arrays with strides, broadcast to one shape, and the exact types in
 which to compute and to store. This file has the softmax family and the settings. Its parts are
 _loss.pxi (cross entropy), _attention.pxi, _attention_varlen.pxi (packed sequences),
-_attention_backward.pxi (gradients), _ufuncs.pxi (the loops of the ufuncs), _lists.pxi (rows of any
-lengths) and _embedding.pxi (what compiled code of other people calls).
+_attention_backward.pxi (gradients), _ufuncs.pxi (the loops of the ufuncs), _rows.pxi (rows of any
+lengths, parts of rows) and _embedding.pxi (what compiled code of other people calls).
 """
 
 import os
@@ -803,7 +803,7 @@ include "_attention.pxi"
 include "_attention_varlen.pxi"
 include "_attention_backward.pxi"
 include "_ufuncs.pxi"
-include "_lists.pxi"
+include "_rows.pxi"
 include "_embedding.pxi"
 
 

@@ -3,11 +3,10 @@
 Lazy: the functions here build graphs of dask's own building blocks, in which each task is a call of
 fastsoftmax on one chunk. Needs the extra ``fastsoftmax[dask]``.
 
-Where every row lies in one chunk, a result has the bits of the same call on the whole array. Where
-the axis is chunked, a row is read twice: for the maximum and the sum of exponentials of each chunk,
-merged in a tree, and for the result. It is calculated in float64 throughout and rounded once. So
-float16, bfloat16 and float32 results are within 0.51 ulp of the exact ones, but float64 results
-only within 8 ulp, and last bits depend on the chunks, as sums of float64 do.
+softmax, log_softmax and logsumexp have the bits of the same call on the whole array, however it is
+chunked. Where the axis is chunked, each chunk is read three times: for its maximum, for its sum of
+exponentials relative to the maximum of the whole row, and for the result; maxima and sums meet in
+trees. The sums are exact, in integers, so that no order of adding them can change a bit.
 
 Threads: the tasks run side by side, so each of them uses one thread, whatever ``set_num_threads``
 says, and no more threads run than dask has. For few, large tasks let each use more, and have dask
@@ -23,6 +22,7 @@ threads times this number should not exceed the CPUs.
 """
 
 import functools
+import math
 
 import dask
 import dask.array as da
@@ -32,10 +32,6 @@ from numpy.lib.array_utils import normalize_axis_tuple
 from . import _core
 
 __all__ = ["attention", "log_softmax", "logsumexp", "softmax"]
-
-# Of a part of a row: its maximum, and the sum of exp(x - maximum), which is 0 without an entry
-# above -inf and means nothing if the maximum is NaN or inf.
-_STATE = np.dtype([("max", np.float64), ("sum", np.float64)])
 
 
 def softmax(x, /, axis=-1, *, temperature=None, dtype=None):
@@ -61,7 +57,7 @@ def softmax(x, /, axis=-1, *, temperature=None, dtype=None):
     ------
     TypeError, ValueError, numpy.exceptions.AxisError
         As for :func:`fastsoftmax.softmax`, when the graph is built; TypeError also if x is not a
-        dask array.
+        dask array, ValueError also if the axis has chunks of unknown sizes.
 
     Examples
     --------
@@ -70,7 +66,7 @@ def softmax(x, /, axis=-1, *, temperature=None, dtype=None):
     >>> fsd.softmax(da.asarray([1.0, 2.0, 3.0]).rechunk(2)).compute().round(4)
     array([0.09  , 0.2447, 0.6652])
     """
-    return _rows(_core.softmax, _softmax_of, x, axis, temperature, dtype)
+    return _rows("softmax", x, axis, temperature, dtype)
 
 
 def log_softmax(x, /, axis=-1, *, temperature=None, dtype=None):
@@ -84,8 +80,7 @@ def log_softmax(x, /, axis=-1, *, temperature=None, dtype=None):
     Returns
     -------
     dask array
-        As for :func:`softmax`. Where the axis is chunked the error is at most 8 * 2**-53 *
-        ``max(1, max|x|, |result|)`` before rounding.
+        As for :func:`softmax`.
 
     Raises
     ------
@@ -99,7 +94,7 @@ def log_softmax(x, /, axis=-1, *, temperature=None, dtype=None):
     >>> fsd.log_softmax(da.asarray([1.0, 2.0, 3.0]).rechunk(2)).compute().round(4)
     array([-2.4076, -1.4076, -0.4076])
     """
-    return _rows(_core.log_softmax, _log_softmax_of, x, axis, temperature, dtype)
+    return _rows("log_softmax", x, axis, temperature, dtype)
 
 
 def logsumexp(x, /, axis=None, *, keepdims=False, dtype=None):
@@ -119,7 +114,7 @@ def logsumexp(x, /, axis=None, *, keepdims=False, dtype=None):
     Returns
     -------
     dask array
-        Without the axes, unless keepdims. The error is that of :func:`log_softmax`.
+        Without the axes, unless keepdims.
 
     Raises
     ------
@@ -133,9 +128,8 @@ def logsumexp(x, /, axis=None, *, keepdims=False, dtype=None):
     >>> float(fsd.logsumexp(da.asarray([1000.0, 1000.0]).rechunk(1)).compute().round(4))
     1000.6931
     """
-    axes, result = _checked(x, axis, None, dtype)
-    state = _state_of_rows(x, axes, None, _threads())
-    y = da.map_blocks(_logsumexp_of, state, result, dtype=result, meta=_meta(state, result))
+    y = _rows("logsumexp", x, axis, None, dtype)
+    axes, _ = _checked(x, axis, None, dtype)
     return y if keepdims else y[tuple(0 if d in axes else slice(None) for d in range(x.ndim))]
 
 
@@ -279,16 +273,47 @@ def _meta(x, dtype):
     return np.empty((0,) * x.ndim, dtype)
 
 
-def _rows(function, last_pass, x, axis, temperature, dtype):
+def _rows(name, x, axis, temperature, dtype):
+    """The function of that name; of logsumexp the axes stay, with length 1."""
     axes, result = _checked(x, axis, temperature, dtype)
-    threads, meta = _threads(), _meta(x, result)
+    threads, meta, reduces = _threads(), _meta(x, result), name == "logsumexp"
     if all(x.numblocks[d] == 1 for d in axes):
-        options = {"temperature": temperature, "dtype": result}
-        return x.map_blocks(_call, function, axes, threads, options, dtype=result, meta=meta)
-    state = _state_of_rows(x, axes, temperature, threads)
-    return da.map_blocks(
-        last_pass, x, state, axes, temperature, result, threads, dtype=result, meta=meta
+        options = {"keepdims": True} if reduces else {"temperature": temperature}
+        chunks = (c if d not in axes or not reduces else (1,) for d, c in enumerate(x.chunks))
+        return x.map_blocks(
+            _call, getattr(_core, name), axes, threads, options | {"dtype": result},
+            chunks=tuple(chunks), dtype=result, meta=meta,
+        )  # fmt: skip
+    whole = math.prod(x.shape[d] for d in axes)
+    if math.isnan(whole):
+        raise ValueError("x has chunks of unknown sizes along axis; call its compute_chunk_sizes()")
+    narrow = x.dtype.name in ("float16", "bfloat16", "float32") and result != np.float64
+    compute = np.dtype(np.float32 if narrow else np.float64)
+
+    as_rows = {"axes": axes, "temperature": temperature, "compute": compute}
+    row = {"name": name, "whole": whole, "threads": threads}
+    letters, part = tuple(range(x.ndim)), x.ndim
+    top = da.reduction(
+        x,
+        chunk=functools.partial(_top, temperature=temperature, compute=compute),
+        combine=_largest,
+        aggregate=_largest,
+        axis=axes,
+        keepdims=True,
+        dtype=compute,
+        meta=_meta(x, compute),
     )
+    sums = da.blockwise(
+        functools.partial(_sums, as_rows=as_rows, **row), (*letters, part),
+        x, letters, top, letters,
+        new_axes={part: 5}, adjust_chunks=dict.fromkeys(axes, 1), align_arrays=False,
+        dtype=np.int64, meta=np.empty((0,) * (part + 1), np.int64),
+    ).sum(axis=axes, keepdims=True)  # fmt: skip
+    return da.blockwise(
+        functools.partial(_results, as_rows=as_rows, dtype=result, **row), letters,
+        *(() if reduces else (x, letters)), top, letters, sums, (*letters, part),
+        concatenate=True, align_arrays=False, dtype=result, meta=meta,
+    )  # fmt: skip
 
 
 def _call(x, function, axes, threads, options):
@@ -296,82 +321,49 @@ def _call(x, function, axes, threads, options):
         return function(x, axes, **options)
 
 
-def _state_of_rows(x, axes, temperature, threads):
-    return da.reduction(
-        x,
-        chunk=functools.partial(_state, temperature=temperature, threads=threads),
-        combine=_merge_states,
-        aggregate=_merge_states,
-        axis=axes,
-        keepdims=True,
-        dtype=_STATE,
-        meta=_meta(x, _STATE),
-    )
+def _scaled(x, temperature, compute):
+    """x / temperature as fastsoftmax computes it, and in its type."""
+    x = x.astype(compute, copy=False)
+    return x if temperature is None else x * np.asarray(1 / np.float64(temperature), compute)
 
 
-def _logits(x, temperature):
-    """x / temperature, as fastsoftmax has it in float64."""
-    x = np.asarray(x).astype(np.float64)
-    return x if temperature is None else x * (1 / float(temperature))
+def _top(x, axis, keepdims, temperature, compute):
+    """The maximum of each row of a chunk; that of its quotients, since rounding keeps the order."""
+    x = _core._as_array(x, "x").astype(compute, copy=False)
+    return _scaled(np.max(x, axis, keepdims=keepdims, initial=-np.inf), temperature, compute)
 
 
-def _state(x, axis, keepdims, temperature, threads):
-    """The state of each row of a chunk."""
-    return _part(x, axis, temperature, threads)[1]
+def _largest(top, axis, keepdims):
+    return np.max(top, axis, keepdims=keepdims)
 
 
-def _part(x, axis, temperature, threads):
-    """Softmax of each row of a chunk, and its state: exp(0) = 1 made the largest, 1 / sum."""
-    z = _logits(x, temperature)
-    y = _call(z, _core.softmax, axis, threads, {})
-    top = np.max(y, axis, keepdims=True, initial=0)
-    state = np.zeros(top.shape, _STATE)
-    state["max"] = np.max(z, axis, keepdims=True, initial=-np.inf)
-    with np.errstate(all="ignore"):
-        np.divide(1, top, out=state["sum"], where=np.isfinite(state["max"]))
-    return y, state
+def _as_rows(x, axes, temperature, compute):
+    """A chunk with the axes last, and as rows [rows, n] of a type that C takes as it is."""
+    x = np.moveaxis(_core._as_array(x, "x"), axes, range(-len(axes), 0))
+    if temperature is not None or compute == np.float64:
+        x = _scaled(x, temperature, compute)
+    n = math.prod(x.shape[x.ndim - len(axes) :])
+    return x, x.reshape(x.size // max(1, n), n)
 
 
-def _merge_states(states, axis, keepdims):
-    merged = np.zeros(np.max(states["max"], axis, keepdims=True, initial=0).shape, _STATE)
-    merged["max"] = np.max(states["max"], axis, keepdims=True, initial=-np.inf)
-    merged["sum"] = np.sum(_weight(states, merged["max"]), axis, keepdims=True)
-    return merged
+def _sums(x, top, name, whole, threads, as_rows):
+    """The exact sum of exp(x - top) of each row of a chunk: integers, in one more dimension."""
+    with _core.num_threads(threads):
+        sums = _core._sums_of_parts(name, _as_rows(x, **as_rows)[1], top.ravel(), whole)
+    return sums.reshape(*top.shape, sums.shape[1])
 
 
-def _weight(state, top):
-    """The sum of a part as a part of a row whose maximum is `top`; 0 if it has nothing above -inf.
-
-    exp(d) would be off by what d loses: |d| / 2 ulp (the two-sum is Knuth's).
-    """
-    with np.errstate(all="ignore"):
-        d = state["max"] - top
-        t = d - state["max"]
-        lost = (state["max"] - (d - t)) - (top + t)
-        weight = state["sum"] * np.exp(d) * (1 + np.where(np.isfinite(lost), lost, 0))
-    return np.where(state["max"] == -np.inf, 0, weight)
-
-
-def _softmax_of(x, state, axes, temperature, dtype, threads):
-    y, own = _part(x, axes, temperature, threads)
-    with np.errstate(all="ignore"):
-        y *= _weight(own, state["max"]) / state["sum"]
-        y[np.broadcast_to(own["max"] == -np.inf, y.shape)] = 0
-        np.copyto(y, np.nan, where=~np.isfinite(state["max"]))
-        return y.astype(dtype)
-
-
-def _log_softmax_of(x, state, axes, temperature, dtype, threads):
-    with np.errstate(all="ignore"):
-        y = _logits(x, temperature) - state["max"] - np.log(state["sum"])
-        np.copyto(y, np.nan, where=~np.isfinite(state["max"]))
-        return y.astype(dtype)
-
-
-def _logsumexp_of(state, dtype):
-    with np.errstate(all="ignore"):
-        lse = state["max"] + np.log(state["sum"])
-        return np.where(np.isfinite(state["max"]), lse, state["max"]).astype(dtype)
+def _results(*arrays, name, whole, threads, as_rows, dtype):
+    """The results of a chunk, if it is given, or else of whole rows."""
+    *x, top, sums = arrays
+    x, rows = _as_rows(*x, **as_rows) if x else (None, None)
+    sums = sums.reshape(top.size, sums.shape[-1])
+    with _core.num_threads(threads):
+        y = _core._results_of_parts(name, rows, top.ravel(), sums, whole, dtype)
+    if x is None:
+        return y.reshape(top.shape)
+    axes = as_rows["axes"]
+    return np.moveaxis(y.reshape(x.shape), range(-len(axes), 0), axes)
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -129,6 +129,28 @@ void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void 
                        ptrdiff_t rows, ptrdiff_t n);
 int fsm_is_small(ptrdiff_t elements); /* true: no second thread would be woken for so many */
 
+/* ---- parts of rows ---- */
+
+/* A part of each of some rows, C-contiguous; the rest of the rows lies elsewhere. For each part
+ * fsm_parts_sum writes FSM_PARTS integers; those of all parts of a row, added up, are what
+ * fsm_parts_map makes the results of a part of: those of the whole row in one call, to the bit. */
+enum { FSM_PARTS = 5 };
+
+typedef struct {
+    fsm_op op;                             /* FSM_SOFTMAX, FSM_LOG_SOFTMAX or FSM_LOGSUMEXP */
+    fsm_dtype compute, x_dtype, out_dtype; /* x is float64 if compute is, and only then */
+    const fsm_isa *isa;
+    int threads;
+    ptrdiff_t rows, n, whole; /* n: elements of a part; whole: of a row */
+    const void *x;            /* [rows, n] */
+    const void *max;          /* [rows], of the whole rows, in the compute type; NaN if one is */
+    int64_t *sums;            /* [rows, FSM_PARTS] */
+    void *out;                /* [rows, n], of FSM_LOGSUMEXP [rows], for which map reads no x */
+} fsm_parts;
+
+void fsm_parts_sum(const fsm_parts *parts);
+void fsm_parts_map(const fsm_parts *parts);
+
 /* ---- attention ---- */
 
 /* The operands of an attention problem, and what follows the leading dimensions in their strides. Those

@@ -36,7 +36,7 @@ typedef union {
 
 /* An exact sum: sum of parts[j] * 2^unit_j, see exp.inc.h. */
 typedef struct {
-    int64_t parts[5][FSM_LANES];
+    int64_t parts[FSM_PARTS][FSM_LANES];
 } fsm_exact_sum;
 
 typedef struct {
