@@ -169,6 +169,7 @@ def cross_entropy(
     weight: ArrayLike | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     ignore_index: SupportsIndex = -100,
+    label_smoothing: float = 0.0,
 ) -> Any: ...
 def cross_entropy_backward(
     grad: ArrayLike,
@@ -180,6 +181,7 @@ def cross_entropy_backward(
     weight: ArrayLike | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     ignore_index: SupportsIndex = -100,
+    label_smoothing: float = 0.0,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]: ...
 @overload

@@ -4,10 +4,10 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weight, reduction,
-                     ignore_index):
+                     ignore_index, label_smoothing):
     """Checks the arguments and enters logits and labels. Returns what must outlive the problem,
-    logits and labels; the compute type; the weight of each row, in float64, or None, and their
-    sum."""
+    logits and labels; the compute type; the weight of each class and of each row, in float64, or
+    None; the number of rows that count, or the sum of their weights; and the smoothing."""
     cdef int d
     cdef object given = _converted(labels, "labels")
     cdef ndarray x = _as_array(logits, "logits", None)
@@ -20,6 +20,13 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
     except TypeError:
         raise TypeError("axis and ignore_index must be integers, got "
                         f"{axis!r} and {ignore_index!r}") from None
+    try:
+        smoothing = float(label_smoothing)
+    except (TypeError, ValueError):
+        raise TypeError("label_smoothing must be a number, got "
+                        f"{type(label_smoothing).__name__}") from None
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {smoothing}")
     _begin(problem, op, x, axis)
     shape = ()
     for d in range(x.ndim):
@@ -48,24 +55,47 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
             raise ValueError(f"weight must have shape ({classes},), one number for each class, got "
                              f"{np.shape(weight)}")
         with np.errstate(all="ignore"):
-            rows = weight.astype(np.float64)[places] if classes else 0.0
+            weight = weight.astype(np.float64)
+            rows = weight[places] if classes else 0.0
             rows = np.where(seen, rows, 0)
             total = rows.sum()
     _describe(problem, FSM_X, x)
     _describe_reduced(problem, FSM_LABEL, places, False)
-    return x, places, compute, rows, total
+    return x, places, compute, weight, rows, total, smoothing
 
 
-cdef _cross_entropy(logits, labels, axis, weight, reduction, ignore_index):
+cdef _smoothed(losses, x, axis, places, weight, rows, smoothing):
+    """The losses with smooth labels. The share of all classes, the mean of weight * (lse - x_j), is
+    taken from the loss lse - x_label, so that a large offset of the logits cancels exactly."""
+    classes = np.moveaxis(x, axis, -1)
+    n = classes.shape[-1]
+    label = np.take_along_axis(classes, np.maximum(places, 0)[..., None], -1)[..., 0]
+    if weight is None:
+        total, logits = n, classes.sum(-1, dtype=np.float64)
+    else:
+        total = weight.sum()
+        logits = np.einsum("...c,c->...", classes, weight, dtype=np.float64, casting="unsafe")
+    losses = losses.astype(np.float64)
+    every = total * losses + (total * label.astype(np.float64) - logits)
+    every = np.where(np.isfinite(logits), every, -logits)
+    return (1 - smoothing) * losses * (1 if rows is None else rows) + smoothing / n * every
+
+
+cdef _cross_entropy(logits, labels, axis, weight, reduction, ignore_index, label_smoothing):
     cdef fsm_problem problem
-    x, places, compute, rows, total = _loss_arguments(
-        &problem, FSM_CROSS_ENTROPY, logits, labels, axis, weight, reduction, ignore_index)
+    x, places, compute, weight, rows, total, smoothing = _loss_arguments(
+        &problem, FSM_CROSS_ENTROPY, logits, labels, axis, weight, reduction, ignore_index,
+        label_smoothing)
     result = _result_dtype(x.dtype, None, None)
-    losses = np.zeros(places.shape, result if rows is None and reduction == "none" else compute)
+    plain = rows is None and not smoothing and reduction == "none"
+    losses = np.zeros(places.shape, result if plain else compute)
     _describe_reduced(&problem, FSM_OUT, losses, False)
     _run(&problem)
     with np.errstate(all="ignore"):
-        if rows is not None:
+        if smoothing and x.size:
+            losses = _smoothed(losses, x, axis, places, weight, rows, smoothing)
+            losses = np.where(places < 0, 0, losses)
+        elif rows is not None:
             losses = np.where(places < 0, 0, losses * rows)
         if reduction == "none":
             return losses.astype(result, copy=False)[()]
@@ -74,10 +104,24 @@ cdef _cross_entropy(logits, labels, axis, weight, reduction, ignore_index):
         return np.asarray(loss if reduction == "sum" else loss / total).astype(result)[()]
 
 
-cdef _cross_entropy_backward(grad, logits, labels, axis, weight, reduction, ignore_index, out):
+cdef _smooth_gradients(dx, places, weight, every):
+    """Takes weight * every off the gradients of each row, and adds their sum at its label."""
+    n = dx.shape[-1]
+    step = (1 << 16) // max(1, places.size) + 1  # classes whose products are held at a time
+    for c in range(0, n, step):
+        products = every[..., None] * (1 if weight is None else weight[c:c + step])
+        np.subtract(dx[..., c:c + step], products, out=dx[..., c:c + step], casting="same_kind")
+    at = np.maximum(places, 0)[..., None]
+    more = (every * (n if weight is None else weight.sum()))[..., None]
+    np.put_along_axis(dx, at, np.take_along_axis(dx, at, -1) + more, -1)
+
+
+cdef _cross_entropy_backward(grad, logits, labels, axis, weight, reduction, ignore_index,
+                             label_smoothing, out):
     cdef fsm_problem problem
-    x, places, compute, rows, total = _loss_arguments(
-        &problem, FSM_CROSS_ENTROPY_BACKWARD, logits, labels, axis, weight, reduction, ignore_index)
+    x, places, compute, weight, rows, total, smoothing = _loss_arguments(
+        &problem, FSM_CROSS_ENTROPY_BACKWARD, logits, labels, axis, weight, reduction, ignore_index,
+        label_smoothing)
     grad = _as_floats(grad, "grad", np.float64, None)
     shape = places.shape if reduction == "none" else ()
     if np.shape(grad) != shape:
@@ -94,18 +138,32 @@ cdef _cross_entropy_backward(grad, logits, labels, axis, weight, reduction, igno
         grads = grad.astype(np.float64)
         if reduction == "mean":
             grads = grads / total
+        share = 0
+        if smoothing and x.size:
+            n = np.shape(x)[axis]
+            every = np.where(places < 0, 0, grads * (smoothing / n))
+            share = every * (n if weight is None else weight.sum())
+            grads = grads * (1 - smoothing)
         if rows is not None:
             grads = grads * rows
-        grads = np.broadcast_to(np.asarray(grads, compute), places.shape)
+        grads = np.broadcast_to(np.asarray(grads + share, compute), places.shape)
     if out is None:
         y = np.empty_like(x, result, subok=False)
+    # Where more is to be added it is not rounded to a half before.
+    dx = np.empty(np.shape(x), compute) if smoothing and y.dtype != compute else y
     _describe_reduced(&problem, FSM_GRAD, grads, False)
-    _describe(&problem, FSM_OUT, y)
+    _describe(&problem, FSM_OUT, dx)
     _run(&problem)
+    if smoothing and x.size:
+        with np.errstate(all="ignore"):
+            _smooth_gradients(np.moveaxis(dx, axis, -1), places, weight, every)
+            if dx is not y:
+                y[...] = dx
     return y if out is None else out
 
 
-def cross_entropy(logits, labels, /, axis=-1, *, weight=None, reduction="mean", ignore_index=-100):
+def cross_entropy(logits, labels, /, axis=-1, *, weight=None, reduction="mean", ignore_index=-100,
+                  label_smoothing=0.0):
     """Cross entropy of classes under the softmax of logits: ``logsumexp(logits) - logits[label]``.
 
     The probabilities are never stored: the logits are read twice, and nothing of their size is
@@ -128,6 +186,10 @@ def cross_entropy(logits, labels, /, axis=-1, *, weight=None, reduction="mean", 
         weights), their sum, or the loss of each row.
     ignore_index : int, default -100
         Rows with this label are ignored, whatever their logits are: their loss is 0.
+    label_smoothing : float, default 0.0
+        From 0 to 1: how much of each label is spread evenly over all classes. The loss of a row is
+        ``(1 - s) * weight[label] * (lse - x[label]) + s / n * sum(weight * (lse - x))`` then, s
+        being label_smoothing and n the number of classes.
 
     Returns
     -------
@@ -141,7 +203,8 @@ def cross_entropy(logits, labels, /, axis=-1, *, weight=None, reduction="mean", 
         For a dtype that is not supported, a masked array, labels, axis or ignore_index that are not
         integers.
     ValueError
-        For shapes that do not fit, a label out of range, an unknown reduction.
+        For shapes that do not fit, a label out of range, an unknown reduction, a label_smoothing
+        out of range.
     numpy.exceptions.AxisError
         For an axis that logits does not have.
 
@@ -151,9 +214,9 @@ def cross_entropy(logits, labels, /, axis=-1, *, weight=None, reduction="mean", 
 
     Notes
     -----
-    Semantics: `torch.nn.functional.cross_entropy` with class indices, without label_smoothing; but
-    axis is the last one by default. Largest error of the loss of a row in float32: 4 ulp, plus
-    n * 2**-45 for n classes.
+    Semantics: `torch.nn.functional.cross_entropy` with class indices, but axis is the last one by
+    default. Largest error of the loss of a row in float32: 4 ulp, plus n * 2**-45 for n classes.
+    With label_smoothing the logits are read once more, and their sum is NumPy's, in float64.
 
     Examples
     --------
@@ -167,13 +230,14 @@ def cross_entropy(logits, labels, /, axis=-1, *, weight=None, reduction="mean", 
     """
     cdef fenv_t callers = _own_environment()
     try:
-        return _cross_entropy(logits, labels, axis, weight, reduction, ignore_index)
+        return _cross_entropy(logits, labels, axis, weight, reduction, ignore_index,
+                              label_smoothing)
     finally:
         fesetenv(&callers)
 
 
 def cross_entropy_backward(grad, logits, labels, /, axis=-1, *, weight=None, reduction="mean",
-                           ignore_index=-100, out=None):
+                           ignore_index=-100, label_smoothing=0.0, out=None):
     """Gradient of :func:`cross_entropy`: ``(softmax(logits) - onehot(labels)) * grad`` of each row.
 
     Parameters
@@ -181,7 +245,7 @@ def cross_entropy_backward(grad, logits, labels, /, axis=-1, *, weight=None, red
     grad : array_like
         Gradient with respect to the loss, of its shape: a number, or with reduction "none" one for
         each row.
-    logits, labels, axis, weight, reduction, ignore_index
+    logits, labels, axis, weight, reduction, ignore_index, label_smoothing
         As in the forward call.
     out : ndarray, optional
         Where to put the result; of the shape of logits and a floating type. It may be logits.
@@ -200,7 +264,8 @@ def cross_entropy_backward(grad, logits, labels, /, axis=-1, *, weight=None, red
     Notes
     -----
     Largest error in float32: 3 ulp, at the label, too, where ``p - 1`` does not cancel; one more
-    for the rounding of the row's ``grad / n``.
+    for the rounding of the row's ``grad / n``; with label_smoothing 3 of the larger of that and the
+    result, and float16 and bfloat16 results are kept once in float32.
 
     Examples
     --------
@@ -215,6 +280,6 @@ def cross_entropy_backward(grad, logits, labels, /, axis=-1, *, weight=None, red
     cdef fenv_t callers = _own_environment()
     try:
         return _cross_entropy_backward(grad, logits, labels, axis, weight, reduction, ignore_index,
-                                       out)
+                                       label_smoothing, out)
     finally:
         fesetenv(&callers)

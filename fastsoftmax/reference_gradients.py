@@ -37,19 +37,26 @@ __all__ = [
 @_quiet
 def cross_entropy(
     logits, labels, /, axis=-1, *, weight=None, reduction="mean", ignore_index=-100,
-    precise=np.float64,
+    label_smoothing=0.0, precise=np.float64,
 ):  # fmt: skip
     """``logsumexp(logits) - logits[label]`` of each row, 0 if it is ignored; mean, sum or all.
+
+    With label_smoothing s it is a share of 1 - s of the whole, and the mean of the same of every
+    class, times its weight, the rest.
 
     >>> cross_entropy([[0.0, 0.0], [0.0, np.log(3)]], [0, 1], reduction="none").round(6)
     array([0.693147, 0.287682])
     """
-    x, at, seen, w = _classes(logits, labels, axis, weight, ignore_index, precise)
+    x, at, seen, w, each = _classes(logits, labels, axis, weight, ignore_index, precise)
     m, d, e = _from_max(x, (x.ndim - 1,))
     # The row's maximum is taken off first: a loss close to 0 must not be a difference of large ones
-    losses = _log_of_sum(d, e, (x.ndim - 1,)) - np.take_along_axis(d, at, -1)
-    losses = np.where(np.isfinite(m), losses, np.nan)[..., 0]
-    losses = np.where(seen, w * losses, precise(0))
+    log_sum = _log_of_sum(d, e, (x.ndim - 1,))
+    losses = w * (log_sum - np.take_along_axis(d, at, -1))[..., 0]
+    if label_smoothing:
+        s, n = precise(label_smoothing), x.shape[-1]
+        losses = (1 - s) * losses + s / n * (each * (log_sum - d)).sum(-1)
+    losses = np.where(np.isfinite(m[..., 0]), losses, np.nan)
+    losses = np.where(seen, losses, precise(0))
     if reduction == "none":
         return losses[()]
     return losses.sum() / (w.sum() if reduction == "mean" else 1)
@@ -58,7 +65,7 @@ def cross_entropy(
 @_quiet
 def cross_entropy_backward(
     grad, logits, labels, /, axis=-1, *, weight=None, reduction="mean", ignore_index=-100,
-    precise=np.float64,
+    label_smoothing=0.0, precise=np.float64,
 ):  # fmt: skip
     """``(softmax(logits) - onehot(label)) * grad`` of each row, 0 in rows that are ignored.
 
@@ -66,20 +73,23 @@ def cross_entropy_backward(
     array([[-0.5 ,  0.5 ],
            [ 0.25, -0.25]])
     """
-    x, at, seen, w = _classes(logits, labels, axis, weight, ignore_index, precise)
+    x, at, seen, w, each = _classes(logits, labels, axis, weight, ignore_index, precise)
     m, _, e = _from_max(x, (x.ndim - 1,))
-    grads = np.broadcast_to(np.asarray(grad).astype(precise), seen.shape) * w
+    grads = np.broadcast_to(np.asarray(grad).astype(precise), seen.shape)
     grads = np.where(seen, grads / (w.sum() if reduction == "mean" else 1), 0)[..., None]
     hot = np.arange(x.shape[-1]) == at
     # 1 - p at the label is the sum of the others
-    others = _sum(np.where(hot, 0, e), (x.ndim - 1,))
-    dx = np.where(hot, -others, e) / _sum(e, (x.ndim - 1,))
+    others, total = _sum(np.where(hot, 0, e), (x.ndim - 1,)), _sum(e, (x.ndim - 1,))
+    dx = w[..., None] * np.where(hot, -others, e) / total
+    if label_smoothing:
+        s, n = precise(label_smoothing), x.shape[-1]
+        dx = (1 - s) * dx + s / n * (each.sum() * e / total - each)
     dx = np.where(np.isfinite(m), dx, np.nan) * grads
     return np.moveaxis(np.where(seen[..., None], dx, precise(0)), -1, axis)
 
 
 def _classes(logits, labels, axis, weight, ignore_index, precise):
-    """Return logits, the classes last; labels as a column; which rows count, and how much."""
+    """Return logits, classes last; labels as a column; which rows count, and how much; weights."""
     x = _array(logits, "logits")
     x = np.moveaxis(x.astype(_compute_type(x.dtype)).astype(precise), axis, -1)
     labels = np.asarray(labels)
@@ -88,7 +98,7 @@ def _classes(logits, labels, axis, weight, ignore_index, precise):
     seen = labels != ignore_index
     at = np.where(seen, labels, 0).astype(np.int64)
     w = np.ones(x.shape[-1]) if weight is None else np.asarray(weight).astype(np.float64)
-    return x, at[..., None], seen, np.where(seen, w[at], 0).astype(precise)
+    return x, at[..., None], seen, np.where(seen, w[at], 0).astype(precise), w.astype(precise)
 
 
 @_quiet

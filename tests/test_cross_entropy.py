@@ -7,6 +7,7 @@ relative to the largest exponential: n * 2^-45 (2^-103).
 """
 
 import functools
+import itertools
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,7 @@ from common import (
     GuardedPages,
     assert_canonical_nan,
     assert_same_bits,
+    bits,
     every_dtype,
     normal,
     one_ulp,
@@ -154,9 +156,9 @@ def test_reductions_and_weights(isa, dtype):
     x, labels = a_case((6, 9, 4), 1, dtype)
     weight = rng("weight").random(9).astype(F32)
     within = {"rtol": 4 * one_ulp(np.ones(()), dtype), "atol": 0}
-    for w in (None, weight):
+    for w, smoothing in itertools.product((None, weight), (0, 0.1, 1)):
         for reduction in ("mean", "sum", "none"):
-            options = {"weight": w, "reduction": reduction}
+            options = {"weight": w, "reduction": reduction, "label_smoothing": smoothing}
             got = fs.cross_entropy(x, labels, 1, **options)
             want = reference.cross_entropy(x, labels, 1, **options)
             assert got.dtype == dtype
@@ -164,15 +166,21 @@ def test_reductions_and_weights(isa, dtype):
             grad = normal(labels.shape, dtype, 1.0) if reduction == "none" else 0.7
             got = fs.cross_entropy_backward(grad, x, labels, 1, **options)
             want = reference.cross_entropy_backward(grad, x, labels, 1, **options)
+            # With smoothing a difference of two parts: its error is that of the larger one.
+            size = np.abs(want).max() if smoothing else SMALLEST_SUBNORMAL[dtype]
+            near = within["rtol"] * (size if smoothing else 1)
             np.testing.assert_allclose(
-                got.astype(F64), want, rtol=within["rtol"], atol=SMALLEST_SUBNORMAL[dtype]
+                got.astype(F64), want, rtol=within["rtol"], atol=near if smoothing else size
             )
 
 
 def test_against_differences(isa):
     x, labels = a_case((6, 9), -1, F64)
     weight, step = rng("weight").random(9), 1e-6
-    for options in ({}, {"weight": weight}, {"weight": weight, "reduction": "sum"}):
+    for options in (
+        {}, {"weight": weight}, {"weight": weight, "reduction": "sum"}, {"label_smoothing": 0.2},
+        {"weight": weight, "label_smoothing": 0.7},
+    ):  # fmt: skip
         way = rng("way").normal(size=x.shape)
         up, down = (fs.cross_entropy(x + s * way, labels, **options) for s in (step, -step))
         got = np.sum(fs.cross_entropy_backward(1.0, x, labels, **options) * way)
@@ -190,18 +198,18 @@ def test_against_torch(isa):
         labels = np.abs(labels) if len(shape) == 1 else labels
         labels = np.where(labels >= shape[axis], 0, labels)
         for reduction in ("mean", "sum", "none"):
-            for w in (None, weight):
+            for w, smoothing in itertools.product((None, weight), (0.0, 0.1, 1.0)):
                 t = torch.from_numpy(x).requires_grad_()
                 want = torch.nn.functional.cross_entropy(
                     t, torch.tensor(labels), None if w is None else torch.from_numpy(w),
-                    reduction=reduction,
+                    reduction=reduction, label_smoothing=smoothing,
                 )  # fmt: skip
-                got = cross_entropy(x, labels, w, reduction=reduction)
+                got = cross_entropy(x, labels, w, reduction=reduction, label_smoothing=smoothing)
                 np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-5, atol=1e-6)
                 grad = np.ones(want.shape, F32)
                 want.backward(torch.from_numpy(grad))
                 got = fs.cross_entropy_backward(
-                    grad, x, labels, axis, weight=w, reduction=reduction
+                    grad, x, labels, axis, weight=w, reduction=reduction, label_smoothing=smoothing
                 )
                 np.testing.assert_allclose(got, t.grad.numpy(), rtol=1e-5, atol=1e-7)
 
@@ -237,6 +245,43 @@ def test_special(isa, dtype, shape):
     before = fs.cross_entropy_backward(np.full(8, 0.5), clean, labels, reduction="none")
     assert_same_bits(dx[6:], before[6:])
     assert_canonical_nan(fs.cross_entropy_backward(np.nan, x[6:], labels[6:]))
+
+
+def test_smoothing_of_special_values(isa):
+    """As in PyTorch: an excluded class costs infinitely much, or NaN if its weight is 0."""
+    x = np.array([[1, 2, -np.inf], [-np.inf, 1, 2], [0, np.nan, 1], [np.inf, 0, 0], [0, 1, 2]], F32)
+    options = {"label_smoothing": 0.1, "reduction": "none"}
+    labels = [0, 0, 1, 0, -100]
+    got = fs.cross_entropy(x, labels, **options)
+    np.testing.assert_array_equal(got, [np.inf, np.inf, np.nan, np.nan, 0])
+    assert np.isnan(fs.cross_entropy(x, labels, **options, weight=[1, 2, 0])[0])
+    np.testing.assert_array_equal(got, reference.cross_entropy(x, labels, **options).astype(F32))
+    dx = fs.cross_entropy_backward(np.ones(5), x, labels, **options)
+    want = reference.cross_entropy_backward(np.ones(5), x, labels, **options)
+    np.testing.assert_allclose(dx, want, 1e-6, 1e-7)
+    assert not dx[4].any() and not bits(dx[4]).any()
+    far = fs.cross_entropy(x[4:] + F32.type(1e6), [2], label_smoothing=0.1)
+    assert far == fs.cross_entropy(x[4:], [2], label_smoothing=0.1)
+
+
+@every_dtype
+def test_smoothing_keeps_to_its_arrays(isa, dtype):
+    """In place, of another type, of any strides: the same numbers as into a fresh array."""
+    x, labels = a_case((20, 70), -1, dtype)
+    options = {"label_smoothing": 0.3, "weight": rng("weight").random(70), "reduction": "sum"}
+    want = fs.cross_entropy_backward(1.5, x, labels, **options)
+    y = x.copy()
+    assert fs.cross_entropy_backward(1.5, y, labels, **options, out=y) is y
+    assert_same_bits(y, want)
+    wide = np.full((20, 140), 7, dtype)
+    fs.cross_entropy_backward(1.5, x, labels, **options, out=wide[:, ::2])
+    assert_same_bits(wide[:, ::2].copy(), want)
+    assert (wide[:, 1::2] == 7).all()
+    got = fs.cross_entropy_backward(1.5, x.T, labels, 0, **options).T
+    assert_same_bits(np.ascontiguousarray(got), want)
+    for empty, none in ((np.zeros((0, 5), dtype), []), (np.zeros((3, 0), dtype), [-100] * 3)):
+        assert fs.cross_entropy(empty, none, label_smoothing=0.5, reduction="sum") == 0
+        assert fs.cross_entropy_backward(1, empty, none, label_smoothing=0.5).shape == empty.shape
 
 
 def test_nothing(isa):
@@ -289,6 +334,11 @@ X, LABELS = np.ones((3, 4, 5), F32), np.zeros((3, 4), int)
         (ValueError, ("reduction", "'max'"), X, LABELS, {"reduction": "max"}),
         (ValueError, ("weight", "(5,)", "(4,)"), X, LABELS, {"weight": np.ones(4)}),
         (TypeError, ("weight", "bool"), X, LABELS, {"weight": np.ones(5, bool)}),
+        (ValueError, ("label_smoothing", "1.1"), X, LABELS, {"label_smoothing": 1.1}),
+        (ValueError, ("label_smoothing", "-0.1"), X, LABELS, {"label_smoothing": -0.1}),
+        (ValueError, ("label_smoothing", "nan"), X, LABELS, {"label_smoothing": np.nan}),
+        (TypeError, ("label_smoothing", "str"), X, LABELS, {"label_smoothing": "x"}),
+        (TypeError, ("label_smoothing", "ndarray"), X, LABELS, {"label_smoothing": np.ones(3)}),
     ],
 )
 def test_errors(error, words, x, labels, options):
@@ -320,8 +370,6 @@ def test_errors_of_backward():
 def test_torch_refuses():
     from fastsoftmax.compat.torch import cross_entropy
 
-    with pytest.raises(NotImplementedError, match="label_smoothing"):
-        cross_entropy(X, LABELS, label_smoothing=0.1)
     with pytest.raises(NotImplementedError, match="probabilities"):
         cross_entropy(X, X)
     with pytest.raises(TypeError, match="reduction="):

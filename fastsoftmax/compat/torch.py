@@ -15,8 +15,7 @@ What differs from PyTorch:
 - In attention a query depends on what it sees alone: a NaN in a key or value that is hidden changes
   nothing. attn_mask together with is_causal=True is an error, as PyTorch documents and does not
   always check. attn_mask may have any floating dtype. There is no dropout.
-- cross_entropy takes the numbers of classes as target, not probabilities, and has no
-  label_smoothing.
+- cross_entropy takes the numbers of classes as target, not probabilities.
 - Exceptions are TypeError, ValueError, numpy.exceptions.AxisError and NotImplementedError, where
   PyTorch mostly raises RuntimeError.
 """
@@ -212,7 +211,7 @@ def cross_entropy(
     reduction : {"mean", "sum", "none"}
         As for :func:`fastsoftmax.cross_entropy`.
     label_smoothing : float, default 0.0
-        Only 0 is supported.
+        As for :func:`fastsoftmax.cross_entropy`.
 
     Returns
     -------
@@ -222,7 +221,7 @@ def cross_entropy(
     Raises
     ------
     NotImplementedError
-        For label_smoothing, or a target of probabilities.
+        For a target of probabilities.
 
     Examples
     --------
@@ -233,13 +232,13 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         raise TypeError("size_average and reduce are deprecated in PyTorch: pass reduction=")
-    _only_zero(label_smoothing, "label_smoothing")
     if np.asarray(target).dtype.kind == "f":
         raise NotImplementedError("target must hold classes; probabilities are not supported")
     axis = 0 if np.ndim(input) == 1 else 1
     return _core.cross_entropy(
-        input, target, axis, weight=weight, reduction=reduction, ignore_index=ignore_index
-    )
+        input, target, axis, weight=weight, reduction=reduction, ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
 
 
 def scaled_dot_product_attention(
