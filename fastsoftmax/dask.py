@@ -134,8 +134,8 @@ def logsumexp(x, /, axis=None, *, keepdims=False, dtype=None):
 
 
 def attention(
-    q, k, v, /, *, is_causal=False, q_offset=0, window=None, scale=None, softcap=None, sinks=None,
-    alibi_slopes=None,
+    q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, kv_lengths=None, window=None,
+    scale=None, softcap=None, sinks=None, alibi_slopes=None,
 ):  # fmt: skip
     """Attention over dask arrays whose sequences may be chunked.
 
@@ -147,10 +147,15 @@ def attention(
     q, k, v : dask array, [..., H, Q, D], [..., G, K, D] and [..., G, K, Dv]
         As for :func:`fastsoftmax.attention`, with the same leading dimensions, of which those of k
         and v take the chunks of q. Any chunks of Q and K; heads and columns are made one chunk.
+    mask, bias : dask array or array_like, optional
+        As for :func:`fastsoftmax.attention`, of the whole arrays: they broadcast to [..., H, Q, K],
+        and are cut as q and k are.
     is_causal, window, scale, softcap, sinks, alibi_slopes
         As for :func:`fastsoftmax.attention`.
     q_offset : int, default 0
         As for :func:`fastsoftmax.attention`, of the first query of the whole array.
+    kv_lengths : int or array_like of int, optional
+        As for :func:`fastsoftmax.attention`, of the whole arrays.
 
     Returns
     -------
@@ -197,7 +202,15 @@ def attention(
     ]
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"k and v must have the same number of keys, got {k.shape}, {v.shape}")
-    _core.attention(*one, **options)
+    scores = (*q.shape[:-1], k.shape[-2])
+    masks = {
+        name: _for_scores(array, name, scores)
+        for name, array in (("mask", mask), ("bias", bias))
+        if array is not None
+    }
+    hiding = {name: np.ones((1, 1, 1), array.dtype) for name, array in masks.items()}
+    _core.attention(*one, **options, **hiding)
+    lengths = None if kv_lengths is None else _lengths(kv_lengths, q.shape[:-3], k.shape[-2])
 
     lead = q.ndim - 3
     whole = {lead: -1, lead + 2: -1}
@@ -212,12 +225,26 @@ def attention(
     head, query, column, packed, kv_head, key, v_column = range(lead, lead + 7)
     positions = np.cumsum([0, *q.chunks[-2][:-1]]) + int(q_offset)
     positions = da.from_array(positions, chunks=1)
+    cut = q.chunks[:-1]  # of scores, but for the keys
+    more = []  # arrays that each part gets, and their letters
+    if lengths is not None:
+        more += da.from_array(lengths, chunks=q.chunks[:lead]), letters
+    for name, array in masks.items():
+        chunks = [c if n > 1 else (1,) for c, n in zip((*cut, -1), array.shape, strict=True)]
+        masks[name] = array.rechunk(dict(enumerate(chunks)))
+    names = ["kv_lengths"] * (lengths is not None) + list(masks)
     parts = []
     for first, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
         keys = slice(first, first + size)
         attend = functools.partial(
-            _attend, first=first, single=single, threads=_threads(), **options
+            _attend, names=names, first=first, single=single, threads=_threads(), **options
         )
+        hidden = []
+        for array in masks.values():
+            hidden += (
+                array[..., keys] if array.shape[-1] > 1 else array,
+                (*letters, head, query, key),
+            )
         parts.append(
             da.blockwise(
                 attend,
@@ -226,6 +253,7 @@ def attention(
                 k[..., keys, :], (*letters, kv_head, key, column),
                 v[..., keys, :], (*letters, kv_head, key, v_column),
                 positions, (query,),
+                *more, *hidden,
                 new_axes={packed: v.shape[-1] + (not single)},
                 concatenate=True,
                 align_arrays=False,
@@ -369,9 +397,39 @@ def _results(*arrays, name, whole, threads, as_rows, dtype):
 # --- attention ------------------------------------------------------------------------------------
 
 
-def _attend(q, k, v, position, *, first, single, threads, **options):
+def _for_scores(array, name, scores):
+    """A mask or bias as a dask array of as many dimensions as the scores have."""
+    array = (
+        array if isinstance(array, da.Array) else da.asarray(_core._as_array(array, name, "mask"))
+    )
+    shape = (1,) * (len(scores) - array.ndim) + array.shape
+    if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape, scores, strict=True)):
+        raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to the scores, "
+                         f"{scores}")  # fmt: skip
+    return array.reshape(shape)
+
+
+def _lengths(kv_lengths, lead, keys):
+    """kv_lengths of each leading index."""
+    lengths = np.asarray(kv_lengths)
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"kv_lengths must be integers, got {lengths.dtype}")
+    if lengths.size and not 0 <= lengths.min() <= lengths.max() <= keys:
+        raise ValueError(f"kv_lengths must be from 0 to {keys}, the number of keys, got "
+                         f"{lengths.min()} to {lengths.max()}")  # fmt: skip
+    try:
+        return np.broadcast_to(lengths, lead)
+    except ValueError:
+        raise ValueError(f"kv_lengths has shape {lengths.shape}, which does not broadcast to the "
+                         f"dimensions before the heads, {lead}") from None  # fmt: skip
+
+
+def _attend(q, k, v, position, *more, names, first, single, threads, **options):
     """Out of a chunk of queries and one of keys; with the lse as one more column unless single."""
     options["q_offset"] = int(position[0]) - first
+    options |= dict(zip(names, more, strict=True))
+    if "kv_lengths" in options:
+        options["kv_lengths"] = np.clip(options["kv_lengths"] - first, 0, k.shape[-2])
     if single:
         with _core.num_threads(threads):
             return _core.attention(q, k, v, **options)

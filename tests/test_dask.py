@@ -11,6 +11,7 @@ from common import (
     assert_same_bits,
     every_dtype,
     normal,
+    rng,
 )
 
 import fastsoftmax as fs
@@ -195,6 +196,17 @@ def test_errors():
         fsd.attention(q, q, q, q_offset=1.5)
     with pytest.raises(ValueError, match="softcap"):
         fsd.attention(q, q, q, softcap=-1)
+    for options, error, message in (
+        ({"mask": np.ones((3, 4), bool)}, ValueError, "mask has shape"),
+        ({"mask": np.ones((1, 2, 4, 4), bool)}, ValueError, "mask has shape"),
+        ({"mask": np.ones((4, 4))}, TypeError, "bias"),
+        ({"bias": np.ones((4, 4), bool)}, TypeError, "mask"),
+        ({"kv_lengths": 5}, ValueError, "kv_lengths must be from 0 to 4"),
+        ({"kv_lengths": 1.0}, TypeError, "kv_lengths must be integers"),
+        ({"kv_lengths": [1, 2]}, ValueError, "kv_lengths has shape"),
+    ):
+        with pytest.raises(error, match=message):
+            fsd.attention(q, q, q, **options)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -205,6 +217,13 @@ CASES = {
     "all": {
         "is_causal": True, "q_offset": 31, "window": (60, 3), "softcap": 5.0, "scale": 0.4,
         "sinks": [0.5, -1, 2, 0], "alibi_slopes": [0.1, 0.2, 0, -0.05],
+    },
+    "mask": {"mask": rng("mask").random((3, 4, 90, 121)) < 0.5, "is_causal": True},
+    "mask of keys": {"mask": rng("keys").random((3, 1, 1, 121)) < 0.7, "kv_lengths": [121, 0, 60]},
+    "bias of queries": {"bias": rng("bias").normal(size=(4, 90, 1)), "kv_lengths": 77},
+    "mask and bias": {
+        "mask": rng("both").random((90, 121)) < 0.5,
+        "bias": np.where(rng("bias").random((3, 1, 90, 121)) < 0.2, -np.inf, 0.5).astype(F32),
     },
 }  # fmt: skip
 
@@ -217,7 +236,11 @@ def test_attention(isa, dtype, name, record_max):
     case = Attention(*arrays, **options)
     rows = fs.attention(*arrays, **options)
     for chunks in ((2, 1, 30, 4), (3, 4, 90, 9)):
-        y = fsd.attention(*(da.from_array(a, chunks=chunks) for a in arrays), **options)
+        if chunks[0] == 2:  # lazy ones, too
+            lazy = {n: da.from_array(options[n], chunks=40) for n in {"mask", "bias"} & {*options}}
+        else:
+            lazy = {}
+        y = fsd.attention(*(da.from_array(a, chunks=chunks) for a in arrays), **options | lazy)
         assert y.chunks[:1] + y.chunks[2:3] == ((chunks[0], 3 - chunks[0])[: 1 + (chunks[0] < 3)],
                                                 (chunks[2],) * (90 // chunks[2]))  # fmt: skip
         assert y.shape == rows.shape and y.dtype == dtype
