@@ -302,7 +302,11 @@ def scaled_dot_product_attention(
     """
     is_causal = _core._as_flag(is_causal, "is_causal")
     enable_gqa = _core._as_flag(enable_gqa, "enable_gqa")
-    _only_zero(dropout_p, "dropout_p", ": dropout is for training, fastsoftmax has none")
+    if not (isinstance(dropout_p, (int, float, np.number)) and dropout_p == 0):
+        raise NotImplementedError(
+            f"dropout_p must be 0, got {dropout_p!r:.80}: dropout is for training, fastsoftmax has "
+            "none"
+        )
     named = {"query": query, "key": key, "value": value}
     q, k, v = (_core._as_array(array, name, "attn_mask") for name, array in named.items())
     if not enable_gqa and not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
@@ -316,11 +320,6 @@ def scaled_dot_product_attention(
             raise TypeError(f"attn_mask must be of bool or floats, got {mask.dtype}")
         scores["mask" if mask.dtype == bool else "bias"] = mask
     return _core.attention(q, k, v, **scores, is_causal=is_causal, scale=scale)
-
-
-def _only_zero(value, name, why=""):
-    if not (isinstance(value, (int, float, np.number)) and value == 0):
-        raise NotImplementedError(f"{name} must be 0, got {value!r:.80}{why}")
 
 
 def _array(input):
