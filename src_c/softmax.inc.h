@@ -195,9 +195,9 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
 
 FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                        int normal, const char *ask) {
-#define CALL(DTYPE)                                                         \
-    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL);               \
-    else if (ASK_IN_EXP && ask) exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask); \
+#define CALL(DTYPE)                                                                                \
+    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL);                                      \
+    else if (ASK_IN_EXP && ask && DTYPE == REAL_DTYPE) exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask); \
     else exp_run_as(DTYPE, e, x, n, ref, 0, 1, NULL)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
@@ -214,9 +214,10 @@ FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrd
 
 FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride, int rows,
                         ptrdiff_t n, const fsm_state *st, const char *ask) {
-#define CALL(DTYPE)                                                                       \
-    if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL);           \
-    else if (ASK_IN_EXP && ask) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, ask); \
+#define CALL(DTYPE)                                                             \
+    if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL); \
+    else if (ASK_IN_EXP && ask && DTYPE == REAL_DTYPE)                          \
+        exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, ask);               \
     else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, NULL)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
