@@ -469,6 +469,12 @@ def test_special_weights(isa, dtype, x, b, value, sign):
             assert_canonical_nan(plain)
 
 
+def test_the_sum_of_nothing_has_no_sign(isa):
+    x = np.empty((3, 0))
+    value, sign = fs.logsumexp(x, -1, b=x, return_sign=True)
+    assert (value == -np.inf).all() and (sign == 0).all() and sign.shape == (3,)
+
+
 @every_dtype
 def test_sign_without_weights(isa, batch, dtype):
     """1 where there is a sum, 0 where it is empty or all -inf, NaN where it is NaN."""
