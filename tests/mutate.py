@@ -46,7 +46,9 @@ TESTS = {
     "fuzz.py": "",
     "test_attention.py": "attention|decode|score",
     "test_attention_varlen.py": r"attention\.c",
-    "test_special.py": r"softmax\.c",
+    "test_attention_memory.py": "attention.inc|decode|score",
+    "test_special.py": "softmax",
+    "test_guard_pages.py": "(?!attention|decode|score)",
     "test_exp.py": "exp|vec",
 }
 SECONDS = 900  # of a test: a machine may be busy, so that time alone says little

@@ -469,6 +469,14 @@ def test_special_weights(isa, dtype, x, b, value, sign):
             assert_canonical_nan(plain)
 
 
+def test_long_rows_of_halves(isa):
+    """Longer than what is read once, shorter than what is dealt: exp has room of its own."""
+    x = np.random.default_rng(0).random((3, 200_000)).astype(np.float16)
+    with fs.num_threads(1):
+        want = fs.softmax(x, dtype=np.float32).astype(np.float16)
+        assert_same_bits(fs.softmax(x), want)
+
+
 @every_dtype
 @pytest.mark.parametrize("axis", [0, 1])
 def test_side_by_side_huge_and_far_apart(isa, dtype, axis):
