@@ -105,7 +105,7 @@ FLAGS_plain = $(FLAGS_cross)
 ISAS_plain = scalar
 
 # What tests/mutate.py and tests/coverage.sh build.
-FLAGS_mutate = -O1 -g0 -fPIC
+FLAGS_mutate = -O2 -g0 -fPIC -DONE_IN=4
 ISAS_mutate = $(ISAS)
 FLAGS_coverage = -O0 --coverage -fprofile-update=atomic -DONE_IN=5
 ISAS_coverage = $(ISAS)

@@ -90,7 +90,7 @@ FSM_INLINE void store_as(fsm_dtype dtype, void *p, ptrdiff_t i, ptrdiff_t n, vec
         break;
 
 static void widen(real *z, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptrdiff_t n) {
-    switch (dtype) {
+    switch ((int)dtype) { /* no enum: to float32 there are no integers */
     case FSM_F16: {
         ptrdiff_t i = 0;
         if (stride == 2)
@@ -119,7 +119,6 @@ static void widen(real *z, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptr
         WIDEN(FSM_U32, uint32_t, )
         WIDEN(FSM_U64, uint64_t, )
 #endif
-    default: break;
     }
 }
 

@@ -135,6 +135,13 @@ def test_sizes(isa, dtype, record_max):
         call.check(record_max, "backward sizes", size)
 
 
+def test_a_piece_that_takes_long_is_cut(isa, record_max):
+    """Few keys and many queries: more parts than the keys alone would have."""
+    size = Size((), 2, 1, 7000, 130, 64, 64)
+    with fs.num_threads(2):
+        Backward(*size.qkv(F32)).check(record_max, "a long piece")
+
+
 def test_against_steps_of_attention(isa):
     """Central differences in float64: off by about step^2 and 1e-16 / step."""
     size, step = Size((2,), 4, 2, 7, 9, 5, 3), 1e-5

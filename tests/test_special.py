@@ -469,6 +469,32 @@ def test_special_weights(isa, dtype, x, b, value, sign):
             assert_canonical_nan(plain)
 
 
+def test_long_rows_of_halves(isa):
+    """Longer than what is read once, shorter than what is dealt: exp has room of its own."""
+    x = np.random.default_rng(0).random((3, 200_000)).astype(np.float16)
+    with fs.num_threads(1):
+        want = fs.softmax(x, dtype=np.float32).astype(np.float16)
+        assert_same_bits(fs.softmax(x), want)
+
+
+@every_dtype
+@pytest.mark.parametrize("axis", [0, 1])
+def test_side_by_side_huge_and_far_apart(isa, dtype, axis):
+    """All of them: what is wrong with a row must not cancel what is wrong with another way."""
+    huge = 2.0**15 if dtype == np.float16 else 2.0**70
+    x = np.full((20, 20), -huge, dtype)
+    x[0] = huge
+    want = np.zeros((20, 20), dtype)
+    want[0] = 1
+    assert_same_bits(fs.softmax(x if axis == 0 else x.T, axis), want if axis == 0 else want.T)
+
+
+def test_the_sum_of_nothing_has_no_sign(isa):
+    x = np.empty((3, 0))
+    value, sign = fs.logsumexp(x, -1, b=x, return_sign=True)
+    assert (value == -np.inf).all() and (sign == 0).all() and sign.shape == (3,)
+
+
 @every_dtype
 def test_sign_without_weights(isa, batch, dtype):
     """1 where there is a sum, 0 where it is empty or all -inf, NaN where it is NaN."""

@@ -746,6 +746,11 @@ static void nothing(void) {
         t.has[FSM_ATTN_SINKS] = k % 3 == 0;
         check(t);
     }
+    const float ones[4] = {1, 1, 1, 1}; /* two keys; no ISA: the best one */
+    float out[2] = {0, 0};
+    const fsm_status status = fsm_attention_heads(NULL, FSM_F32, ones, ones, ones, out, NULL, 1, 1,
+                                                  1, 2, 2, 2, 1, 0, 0, 1);
+    if (tell(status == FSM_DONE && out[0] == 1 && out[1] == 1)) puts("FAILED: not the best ISA");
 }
 
 /* ---- merge_attention: a test's results with others, `queries` and so on being its rows ---- */

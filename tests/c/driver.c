@@ -664,6 +664,9 @@ static void odds_and_ends(fsm_op op) {
         expect(fsm_plan_new(&plan, &p) == FSM_AGAIN, &t, isas[k], "no plan", 0);
         expect(fsm_plan_run(plan) == FSM_AGAIN, &t, isas[k], "no slices", 0);
         fsm_plan_free(plan);
+        p.shape[1] = 4;
+        p.isa = NULL; /* the best one */
+        expect(fsm_compute_softmax(&p) == FSM_DONE, &t, isas[k], "not the best ISA", 0);
     }
     free(data);
     expect(fsm_usable_cpus() >= 1 && fsm_openmp_limit() >= 1, &t, scalar, "no threads", 0);
