@@ -3,8 +3,9 @@
  *
  *     driver [ISA...]        by default every ISA that this CPU can run
  *
- * Cross entropy is in gradient_driver.c. A `test` is an operation on rows of numbers, which value() makes up, and says how they lie in
- * memory. check() runs it on every ISA and holds the results against
+ * Cross entropy is in gradient_driver.c. A `test` is an operation on rows of numbers, which value()
+ * makes up, and says how they lie in memory. check() runs it on every ISA and holds the results
+ * against
  *
  *     the scalar kernels   given each row alone, contiguous, on one thread: bit for bit
  *     long double          a plain evaluation, loosely: accuracy is tested from Python
