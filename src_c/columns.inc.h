@@ -75,11 +75,7 @@ FSM_APART void columns_out(fsm_dtype dtype, const fsm_state *st, const real *til
 FSM_INLINE void columns_few_as(fsm_dtype x_dtype, fsm_dtype out_dtype, const fsm_columns *c) {
     const int lanes = (c->rows + VL - 1) / VL * VL;
     real *tile = c->tile;
-    for (ptrdiff_t i = 0; i < c->n; i++)
-        for (int g = 0; g < lanes; g += VL) {
-            const int k = c->rows - g < VL ? c->rows - g : VL;
-            v_store(tile + i * lanes + g, load_as(x_dtype, c->x + i * c->x_step, g, k, v_set1(0)));
-        }
+    columns_copy(x_dtype, tile, lanes, c, 0, c->n);
     few_softmax(tile, lanes, c->n);
     for (ptrdiff_t i = 0; i < c->n; i++)
         for (int g = 0; g < lanes; g += VL) {

@@ -29,6 +29,11 @@ enum {
     FSM_ALIGN = 64
 };
 
+/* Bytes of an element of a floating type. */
+static inline ptrdiff_t float_size(fsm_dtype dtype) {
+    return dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
+}
+
 typedef union {
     float f32[FSM_LANES];
     double f64[FSM_LANES];
@@ -95,7 +100,7 @@ typedef struct {
     ptrdiff_t x_stride, out_stride, rows, n;
     fsm_dtype x_dtype, out_dtype;
     /* Where exp goes if out has another type, or is not to be read (nontemporal): n elements of the
-     * compute type. NULL otherwise: exp is computed twice. */
+     * compute type. May be NULL but for the latter, and exp is computed twice. */
     void *scratch;
     /* The results are to go past the caches; they have the compute type, and its alignment. */
     int nontemporal;

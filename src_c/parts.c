@@ -12,8 +12,7 @@ static const fsm_kernels *kernels_of(const fsm_parts *p) {
 }
 
 static const char *row_of(const fsm_parts *p, ptrdiff_t r, ptrdiff_t i) {
-    const ptrdiff_t size = p->x_dtype == FSM_F64 ? 8 : p->x_dtype == FSM_F32 ? 4 : 2;
-    return (const char *)p->x + (r * p->n + i) * size;
+    return (const char *)p->x + (r * p->n + i) * float_size(p->x_dtype);
 }
 
 /* The state of a whole row after its maximum is known; its minimum is not, which changes no bit. */
@@ -48,7 +47,7 @@ static void map_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) 
     const fsm_parts *p = context;
     const fsm_kernels *kernels = kernels_of(p);
     const fsm_passes *pass = &kernels->passes[p->op];
-    const ptrdiff_t size = p->out_dtype == FSM_F64 ? 8 : p->out_dtype == FSM_F32 ? 4 : 2;
+    const ptrdiff_t size = float_size(p->out_dtype);
     fsm_state st;
     (void)thread;
     for (ptrdiff_t r = begin; r < end; r++) {

@@ -1,6 +1,7 @@
 /* Whole contiguous rows with nothing fused: the three passes back to back while the row is in the
  * nearest cache. */
 
+#define map_and_span_rest FSM_NAME(map_and_span_rest)
 #define map_and_span_as FSM_NAME(map_and_span_as)
 #define map_and_span_to FSM_NAME(map_and_span_to)
 #define map_and_span FSM_NAME(map_and_span)
@@ -21,6 +22,19 @@
 #define fuse_rows_as FSM_NAME(fuse_rows_as)
 #define exp_array FSM_NAME(exp_array)
 
+/* The end of map_and_span: elements from i on, the results to `at`. */
+FSM_INLINE span map_and_span_rest(int log, fsm_dtype out_dtype, void *at, fsm_dtype dtype,
+                                  const void *x, fsm_dtype next_dtype, const void *next,
+                                  ptrdiff_t i, ptrdiff_t n, map_vref map, running_max *m) {
+    for (ptrdiff_t j = 0; i < n; i += VL, j += VL) {
+        const ptrdiff_t k = n - i < VL ? n - i : VL;
+        if (k == VL) max_add(m, 0, load_as(next_dtype, next, i, VL, v_set1(0)));
+        else max_tail(m, next_dtype, next, i, n);
+        store_as(out_dtype, at, j, k, map_vec(log, load_as(dtype, x, i, k, v_set1(0)), map));
+    }
+    return max_end(m, next_dtype, next, n);
+}
+
 /* The map of a row, from x or e, bound by its stores, and the extrema of another, bound by its loads,
  * in one loop: they run at once. */
 FSM_INLINE span map_and_span_as(int log, fsm_dtype out_dtype, void *out, fsm_dtype dtype,
@@ -35,13 +49,8 @@ FSM_INLINE span map_and_span_as(int log, fsm_dtype out_dtype, void *out, fsm_dty
             max_add(&m, j, load_as(next_dtype, next, i + j * VL, VL, v_set1(0)));
             store_as(out_dtype, out, i + j * VL, VL, map_vec(log, a, mr));
         }
-    for (; i < n; i += VL) {
-        const ptrdiff_t k = n - i < VL ? n - i : VL;
-        if (k == VL) max_add(&m, 0, load_as(next_dtype, next, i, VL, v_set1(0)));
-        else max_tail(&m, next_dtype, next, i, n);
-        store_as(out_dtype, out, i, k, map_vec(log, load_as(dtype, x, i, k, v_set1(0)), mr));
-    }
-    return max_end(&m, next_dtype, next, n);
+    char *at = (char *)out + i * float_size(out_dtype);
+    return map_and_span_rest(log, out_dtype, at, dtype, x, next_dtype, next, i, n, mr, &m);
 }
 
 FSM_INLINE span map_and_span_to(int log, fsm_dtype out_dtype, void *out, const void *x,
@@ -92,14 +101,8 @@ FSM_INLINE span map_and_span_nt_as(int log, real *out, fsm_dtype dtype, const vo
         v_store_nt(out + i + j, map_vec(log, a, mr));
     }
     p->count = carries ? n - i : 0;
-    real *tail = carries ? p->line : out + i;
-    for (ptrdiff_t j = 0; i < n; i += VL, j += VL) {
-        const ptrdiff_t k = n - i < VL ? n - i : VL;
-        if (k == VL) max_add(&m, 0, load_as(next_dtype, next, i, VL, v_set1(0)));
-        else max_tail(&m, next_dtype, next, i, n);
-        store_as(REAL_DTYPE, tail, j, k, map_vec(log, load_as(dtype, x, i, k, v_set1(0)), mr));
-    }
-    return max_end(&m, next_dtype, next, n);
+    real *at = carries ? p->line : out + i;
+    return map_and_span_rest(log, REAL_DTYPE, at, dtype, x, next_dtype, next, i, n, mr, &m);
 }
 
 FSM_APART span map_and_span_nt(int log, real *out, const void *x, fsm_dtype next_dtype,
@@ -271,8 +274,8 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
         special += st.special;
         for (int l = 0; l < rows; l++)
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + l * n;
-        const char *ask =
-            r + block < w->rows && x_dtype == REAL_DTYPE ? x + block * w->x_stride : NULL;
+        const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
+        const char *ask = whole && x_dtype == REAL_DTYPE ? x + block * w->x_stride : NULL;
         exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask);
         middle_sums(hi, lo, e, rows, n);
         for (int g = 0; g < rows; g += VL) {

@@ -66,21 +66,19 @@ FSM_INLINE void few_span(vec *max, vec *least, const real *tile, int lanes, ptrd
 /* `normaliser` of the sums of n terms. */
 FSM_INLINE void few_normalisers(real *a, real *b, const vsum *s, int lanes, ptrdiff_t n) {
 #if FSM_BITS == 32
-    bits_t hi[FSM_LANES], lo[FSM_LANES];
+    bits_t his[FSM_LANES], los[FSM_LANES];
     for (int g = 0; g < lanes; g += VL) {
-        v_store_int(hi + g, vsum_int(&s[g / VL], 0, n, 2));
-        v_store_int(lo + g, vsum_int(&s[g / VL], 1, n, 2));
+        v_store_int(his + g, vsum_int(&s[g / VL], 0, n, 2));
+        v_store_int(los + g, vsum_int(&s[g / VL], 1, n, 2));
     }
     for (int l = 0; l < lanes; l += f64_VL) {
-        const f64_vec sum = f64_fma(f64_load_i32(hi + l), f64_set1(0x1p-22),
-                                    f64_mul(f64_load_i32(lo + l), f64_set1(0x1p-44)));
-        const f64_vec r = f64_div(f64_set1(1), sum);
-        f64_store_f32(a + l, r);
-        f64_store_f32(b + l, f64_sub(r, f64_load_f32(a + l)));
+        const f64_vec hi = f64_load_i32(his + l), lo = f64_load_i32(los + l);
+        store_normalisers(a + l, b + l,
+                          f64_fma(hi, f64_set1(0x1p-22), f64_mul(lo, f64_set1(0x1p-44))));
     }
 #else
     fsm_exact_sum sum;
-    for (int j = 0; j < 5; j++)
+    for (int j = 0; j < FSM_PARTS; j++)
         for (int l = 0; l < lanes; l++) sum.parts[j][l] = 0;
     for (int g = 0; g < lanes; g += VL) lane_fold(&sum, g, &s[g / VL], n, 2, 0);
     for (int l = 0; l < lanes; l++) {

@@ -488,9 +488,18 @@ static void sum_pass(fsm_state *st, const fsm_tile *t) {
     else lane_sum(st, t->e, t->x, t->n, fine);
 }
 
+#if FSM_BITS == 32
+/* `normaliser` of f64_VL sums. */
+FSM_INLINE void store_normalisers(float *a, float *b, f64_vec sum) {
+    const f64_vec r = f64_div(f64_set1(1), sum);
+    f64_store_f32(a, r);
+    f64_store_f32(b, f64_sub(r, f64_load_f32(a)));
+}
+#endif
+
 static void finish_softmax(fsm_state *st) {
     int l = 0;
-#if FSM_BITS == 32 /* `normaliser`, lanes at a time; the counts are below 2^51 */
+#if FSM_BITS == 32 /* lanes at a time; the counts are below 2^51 */
     for (; st->n < (ptrdiff_t)1 << 28 && l + f64_VL <= st->lanes; l += f64_VL) {
         const f64_vec hi = f64_load_int(st->sum.parts[0] + l),
                       lo = f64_load_int(st->sum.parts[2] + l),
@@ -498,9 +507,7 @@ static void finish_softmax(fsm_state *st) {
         const f64_vec s =
             f64_fma(hi, f64_set1(0x1p-22),
                     f64_fma(lo, f64_set1(0x1p-44), f64_mul(least, f64_set1(0x1p-66))));
-        const f64_vec r = f64_div(f64_set1(1), s);
-        f64_store_f32(st->value[0].f32 + l, r);
-        f64_store_f32(st->value[1].f32 + l, f64_sub(r, f64_load_f32(st->value[0].f32 + l)));
+        store_normalisers(st->value[0].f32 + l, st->value[1].f32 + l, s);
     }
 #endif
     for (; l < st->lanes; l++) {

@@ -5,7 +5,7 @@
  *     vec, ivec          a vector of FSM_TYPE, and of integers of the same width; VL lanes
  *     v_load, v_store    contiguous, any alignment; _n: the first n < VL lanes only, the others are
  *                        read as `fill` and no byte of them is touched
- *     v_store_nt           v_store past the caches, to where p is a multiple of the vector; after the
+ *     v_store_nt         v_store past the caches, to where p is a multiple of the vector; after the
  *                        last one store_fence(), before another thread may look
  *     v_fma(a, b, c)     a * b + c; v_fms: a * b - c; v_fnma: c - a * b; each rounded once
  *     v_add_m(a, b)      a + b, done by the multipliers where these and the adders are apart (AMD
@@ -103,11 +103,6 @@ typedef int64_t f64_bits_t;
 
 FSM_INLINE float f32_real_fma(float a, float b, float c) { return fmaf(a, b, c); }
 FSM_INLINE double f64_real_fma(double a, double b, double c) { return fma(a, b, c); }
-
-/* Bytes of an element of a floating type. */
-FSM_INLINE ptrdiff_t float_size(fsm_dtype dtype) {
-    return dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
-}
 
 /* Scalar conversions, the same on every ISA. Half to float is exact; float to half rounds to
  * nearest even. */

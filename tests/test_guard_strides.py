@@ -29,11 +29,16 @@ def pages_of(name):
     return GuardedPages(1 << 17)
 
 
+def room(name, shape, dtype, step, at):
+    """What lies beside the guard for an array of this shape, and the gaps between its elements."""
+    *outer, n = shape
+    return pages_of(name).array((*outer, abs(step) * (n - 1) + 1 if n else 0), np.dtype(dtype), at)
+
+
 def blank(name, shape, dtype, step, at):
     """An array beside the guard, of which one element in `step` belongs to the view returned."""
-    *outer, n = shape
     step = step or 1  # an output cannot be broadcast
-    whole = pages_of(name).array((*outer, abs(step) * (n - 1) + 1 if n else 0), dtype, at)
+    whole = room(name, shape, dtype, step, at)
     whole.view(np.uint8)[...] = 0x7F
     return whole[..., ::step]
 
@@ -65,9 +70,7 @@ def check(function, arrays, step, at, out=None, named=(), **options):
     for g, w in zip(*parts, strict=True):
         assert_same_bits(g, w, (function.__name__, step, options))
     if out is not None and abs(step) > 1 and out[0][-1]:
-        whole = pages_of("out").array(
-            (*out[0][:-1], abs(step) * (out[0][-1] - 1) + 1), np.dtype(out[1]), at
-        )
+        whole = room("out", *out, step, at)
         between = np.ones(whole.shape[-1], bool)
         between[::step] = False
         gaps = np.ascontiguousarray(whole[..., between]).view(np.uint8)
