@@ -68,6 +68,8 @@
 #define exp_reference FSM_NAME(exp_reference)
 #define exp_broadcast FSM_NAME(exp_broadcast)
 #define exp_mid FSM_NAME(exp_mid)
+#define exp_power FSM_NAME(exp_power)
+#define exp_split FSM_NAME(exp_split)
 #define exp_begin FSM_NAME(exp_begin)
 #define exp_less_one FSM_NAME(exp_less_one)
 #define exp_end FSM_NAME(exp_end)
@@ -112,12 +114,17 @@ typedef struct {
     vec s, low, r, n;
 } exp_mid;
 
-FSM_INLINE exp_mid exp_begin(vec x, exp_vref ref, int shift, int normal) {
-    const vec moved = shift ? v_sub(x, ref.c) : x, d = normal ? moved : v_max(moved, ref.lo);
-    const vec n = v_rint(v_fms(d, v_set1(LOG2E), ref.ml));
+FSM_INLINE vec exp_power(vec d, exp_vref ref) { return v_rint(v_fms(d, v_set1(LOG2E), ref.ml)); }
+
+FSM_INLINE exp_mid exp_split(vec d, vec n, exp_vref ref) {
     const vec s = v_fnma(v_add(n, ref.q), v_set1(LN2_HI), d),
               low = v_fnma(n, v_set1(LN2_LO), ref.rest);
     return (exp_mid){s, low, v_add(s, low), n};
+}
+
+FSM_INLINE exp_mid exp_begin(vec x, exp_vref ref, int shift, int normal) {
+    const vec moved = shift ? v_sub(x, ref.c) : x, d = normal ? moved : v_max(moved, ref.lo);
+    return exp_split(d, exp_power(d, ref), ref);
 }
 
 /* exp(r) - 1 = s + (r^2 q(r) + low): the rounding of r does not get in at first order. q by
