@@ -975,22 +975,18 @@ class _use_isa:
         _active = _find_isa(self._before)
 
 
-def _exp32(const float[::1] x, name):
-    """The internal exp of x <= 0, for its tests."""
-    out = np.empty(x.shape[0], np.float32)
-    cdef float[::1] y = out
-    if x.shape[0]:
-        fsm_exp_f32(_find_isa(name), &y[0], &x[0], x.shape[0])
-    return out
+def _exp32(ndarray x, name):
+    """The internal exp of x <= 0, float32, for its tests."""
+    x, y = np.ascontiguousarray(x, np.float32), np.empty(x.size, np.float32)
+    fsm_exp_f32(_find_isa(name), <float *>PyArray_DATA(y), <float *>PyArray_DATA(x), x.size)
+    return y
 
 
-def _exp64(const double[::1] x, name):
-    """The internal exp of x <= 0, for its tests."""
-    out = np.empty(x.shape[0], np.float64)
-    cdef double[::1] y = out
-    if x.shape[0]:
-        fsm_exp_f64(_find_isa(name), &y[0], &x[0], x.shape[0])
-    return out
+def _exp64(ndarray x, name):
+    """The internal exp of x <= 0, float64, for its tests."""
+    x, y = np.ascontiguousarray(x, np.float64), np.empty(x.size, np.float64)
+    fsm_exp_f64(_find_isa(name), <double *>PyArray_DATA(y), <double *>PyArray_DATA(x), x.size)
+    return y
 
 
 # ---- configuration ----
@@ -1040,11 +1036,13 @@ def show_config(mode="stdout"):
 def _cpu_name():
     try:
         with open("/proc/cpuinfo") as lines:
-            models = (line.split(":", 1)[1] for line in lines if line.startswith("model name"))
-            return next(models).strip()
-    except (OSError, StopIteration):
-        import platform
-        return platform.processor() or platform.machine()
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    import platform
+    return platform.processor() or platform.machine()
 
 
 def _configure():
