@@ -102,14 +102,9 @@ def compare_accuracy(args):
                     asks = {n: partial(worker.ask, **what) for n, worker in running.items()}
                     errors = best_of_rounds(1, asks, progress, distribution)
                     results.append(what | {"ulp": errors})
-    for dtype in dtypes:
-        rows = [
-            [r["distribution"], *(report.cell(e, "{:.2f}".format) for e in r["ulp"].values())]
-            for r in results
-            if r["dtype"] == dtype
-        ]
+    for header, rows in report.accuracy_tables(results):
         print()
-        table(rows, [dtype, *running])
+        table(rows, header)
     return results
 
 
@@ -124,11 +119,11 @@ def say_who(running, args):
         print(f"not installed: {', '.join(absent)}\n")
 
 
-COMMANDS = {  # what measures a suite, and what draws it
-    **dict.fromkeys(SUITES, (compare_speed, report.plot_speed)),
-    "threads": (compare_threads, report.plot_growth),
-    "scaling": (compare_sizes, report.plot_growth),
-    "accuracy": (compare_accuracy, report.plot_accuracy),
+COMMANDS = {  # what measures a suite, what makes tables of it, and what draws it
+    **dict.fromkeys(SUITES, (compare_speed, report.speed_tables, report.plot_speed)),
+    "threads": (compare_threads, report.growth_tables, report.plot_growth),
+    "scaling": (compare_sizes, report.growth_tables, report.plot_growth),
+    "accuracy": (compare_accuracy, report.accuracy_tables, report.plot_accuracy),
 }
 
 
@@ -142,12 +137,13 @@ def add_arguments(parser):
     add("--rounds", type=int, default=3, help="turns that each takes; default: %(default)s")
     add("--seconds", type=float, default=0.2, help="length of a turn; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="save the numbers, too")
+    add("--markdown", type=Path, metavar="FILE", help="write them as tables of a document")
     add("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
 
 
 def run(args):
     """Carry out the command; the exit status."""
-    measure_suite, plot = COMMANDS[args.suite]
+    measure_suite, tables, plot = COMMANDS[args.suite]
     if args.plot:
         report.figure(1, 1)  # say now, not after minutes, that matplotlib is missing
     if args.peers is None:
@@ -159,6 +155,8 @@ def run(args):
     if args.json:
         text = json.dumps({"config": config, "suite": args.suite, "results": results}, indent=1)
         args.json.write_text(text + "\n")
+    if args.markdown:
+        report.markdown(tables(results), args.markdown)
     if args.plot:
         plot(results, f"{args.suite}, {title}", args.plot)
     return 0

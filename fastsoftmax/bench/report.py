@@ -23,6 +23,16 @@ def table(rows, header, file=None):
         print(line.rstrip(), file=file)
 
 
+def markdown(tables, path):
+    """Write tables, each a header and rows, as they stand in docs/explanation."""
+    text = ""
+    for header, rows in tables:
+        under = ["---", *["--:"] * (len(header) - 1)]
+        lines = (" | ".join(map(str, cells)) for cells in (header, under, *rows))
+        text += "\n" * bool(text) + "".join(f"| {line} |\n" for line in lines)
+    path.write_text(text)
+
+
 def duration(seconds):
     """Print a time with three digits: 711 us."""
     unit, name = (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
@@ -50,6 +60,27 @@ def fastest_peer(result):
     return min(times, default=math.nan)
 
 
+def speed_tables(results):
+    """For Markdown: our time, that over the floor's, and those of the peers over ours."""
+    peers = [name for name in names_in(results) if name in PEERS]
+    header = ["case", "time", "time / floor", *(n.replace("onnxruntime b", "b") for n in peers)]
+    rows = []
+    for result in results:
+        seconds = result["seconds"]
+        ours, floor = seconds[US], seconds.get(FLOOR, "-")
+        over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
+        rows.append([result["case"], duration(ours), over, *ratios(result, peers)])
+        if peers:
+            rows[-1].append(f"**{fastest_peer(result) / ours:.2f}**")
+    return [([*header, *(["fastest"] if peers else [])], rows)]
+
+
+def ratios(result, peers):
+    """The time of each peer / our time, as text."""
+    ours = result["seconds"][US]
+    return [cell(result["seconds"][name], lambda t: f"{t / ours:.2f}") for name in peers]
+
+
 def print_speed(results, file=None):
     """Print the times; the rate and the ratios; the means of the groups."""
     names = names_in(results)
@@ -67,11 +98,11 @@ def print_speed(results, file=None):
     for result in results:
         seconds = result["seconds"]
         ours, floor = seconds[US], seconds.get(FLOOR, "-")
-        ratios = [cell(seconds[n], lambda t, ours=ours: f"{t / ours:.2f}") for n in peers]
         rate = f"{result['work'] / ours / 1e9:.3g} {result['unit']}"
         over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
-        ratios += [f"{fastest_peer(result) / ours:.2f}"] if peers else []
-        rows.append([result["case"], rate, over, *ratios])
+        rows.append([result["case"], rate, over, *ratios(result, peers)])
+        if peers:
+            rows[-1].append(f"{fastest_peer(result) / ours:.2f}")
     table(rows, ["", "rate", "floor", *peers, *(["fastest"] if peers else [])], file)
 
     if peers:
@@ -105,6 +136,24 @@ def exponent(sizes, seconds):
     return float(np.polyfit(*np.log(np.transpose(pairs)), 1)[0])
 
 
+def growth_tables(results):
+    """For Markdown: a row for each case, a table for those that grow alike."""
+    tables = {}
+    for result in results:
+        header = *(f"{result['of']} = {short(n)}" for n in result["sizes"]), "exponent"
+        for name, times in result["seconds"].items():
+            title = result["title"] if name == US else f"{result['title']}, {name}"
+            fitted = f"{exponent(result['sizes'], times):.2f}"
+            row = [title, *(cell(t, duration) for t in times), fitted]
+            tables.setdefault(header, []).append(row)
+    return [(["", *header], rows) for header, rows in tables.items()]
+
+
+def short(n):
+    """Write 1024 as 1k."""
+    return f"{n:g}" if n < 1024 else f"{n / 1024:g}k"
+
+
 def print_growth(results, file=None):
     """Print the times for each size and the fitted exponents."""
     print("time of one call; exponent: of time = a * size ** exponent, fitted to them", file=file)
@@ -117,6 +166,18 @@ def print_growth(results, file=None):
         sizes = [f"{result['of']}={n}" for n in result["sizes"]]
         print(file=file)
         table(rows, [result["title"], *sizes, "exponent"], file)
+
+
+# --- accuracy: results are [{dtype, distribution, ulp: {name: number or word}}] -------------------
+
+
+def accuracy_tables(results):
+    """For the terminal and for Markdown: a table for each dtype."""
+    tables = {}
+    for result in results:
+        row = [result["distribution"], *(cell(e, "{:.2f}".format) for e in result["ulp"].values())]
+        tables.setdefault((result["dtype"], *result["ulp"]), []).append(row)
+    return list(tables.items())
 
 
 # --- plots ----------------------------------------------------------------------------------------
@@ -192,7 +253,7 @@ def plot_growth(results, title, path):
             lines[name] = ax.plot(result["sizes"], times, ".-", color=COLOURS[name])[0]
         ax.set(yscale="log", xlabel=result["of"], ylabel="seconds")
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1024 else f"{x / 1024:g}k")
+        ax.xaxis.set_major_formatter(lambda x, _: short(x))
         ax.set_title(result["title"], fontsize="small")
         ax.grid(color="0.9")
     fig.suptitle(title, fontsize="medium")
