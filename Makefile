@@ -52,6 +52,7 @@ docs:  ## build the site in build/docs; warnings are errors (needs ".[docs]")
 	$(PYTHON) -m sphinx -q -W --keep-going -b html docs build/docs
 
 plots:  ## measure, and draw the pictures of the site anew (needs ".[bench]" and torch)
+	$(PYTHON) -m fastsoftmax bench overview --plot docs/images/overview.svg
 	$(PYTHON) -m fastsoftmax bench accuracy --plot docs/images/accuracy.svg
 	$(PYTHON) -m fastsoftmax bench softmax --plot docs/images/softmax.svg
 	$(PYTHON) -m fastsoftmax bench attention --plot docs/images/attention.svg

@@ -80,7 +80,7 @@ cpdef bint _as_flag(value, name) except -1:
 
 
 cdef extern from "numpy/arrayobject.h":
-    object PyArray_NewFromDescr(type kind, object dtype, int ndim, npy_intp *shape,
+    object PyArray_NewFromDescr(type kind, cnp.dtype dtype, int ndim, npy_intp *shape,
                                 npy_intp *strides, void *data, int flags, PyObject *template)
 
 
@@ -94,7 +94,7 @@ cdef ndarray _held(ndarray array):
     while isinstance(base, ndarray):
         owner, base = base, cnp.get_array_base(base)
     kept = array, PyWeakref_NewRef(owner, None)
-    dtype = array.dtype
+    cdef cnp.dtype dtype = array.dtype
     Py_INCREF(dtype)  # the next call takes one
     view = PyArray_NewFromDescr(ndarray, dtype, PyArray_NDIM(array), PyArray_DIMS(array),
                                 PyArray_STRIDES(array), PyArray_DATA(array), flags, NULL)

@@ -173,6 +173,8 @@ def tiny_suites(monkeypatch):
     sizes = "K", [4, 8, 16], lambda n: Softmax((3, n))
     monkeypatch.setattr(bench, "SCALING", {"three rows of K": sizes})
     monkeypatch.setattr(bench, "DISTRIBUTIONS", {"scale 1": None})
+    monkeypatch.setattr(bench, "OVERVIEW", ["scale 1"])
+    monkeypatch.setattr(bench, "OVERVIEW_OF_SPEED", {"a": TINY[:1], "b": TINY[3:4]})
 
 
 def run_bench(tmp_path, *argv):
@@ -226,7 +228,7 @@ def test_exponents():
     assert np.isnan(report.exponent([1, 2], [3, "-"]))
 
 
-@pytest.mark.parametrize("suite", ["softmax", "scaling", "accuracy"])
+@pytest.mark.parametrize("suite", ["softmax", "scaling", "overview"])
 def test_bench_draws(tmp_path, tiny_suites, suite):
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"

@@ -180,6 +180,12 @@ def accuracy_tables(results):
     return list(tables.items())
 
 
+def overview_tables(results):
+    """For Markdown: both, with the words of the picture."""
+    speed = [result | {"case": result["group"]} for result in results["speed"]]
+    return [*accuracy_tables(results["accuracy"]), *speed_tables(speed)]
+
+
 # --- plots ----------------------------------------------------------------------------------------
 
 COLOURS = {
@@ -187,7 +193,9 @@ COLOURS = {
     **{"torch": "tab:red", "torch out=": "tab:pink", "jax": "tab:green"},
     **{"onnxruntime": "tab:olive", "onnxruntime bound": "tab:orange", "openvino": "tab:purple"},
 }
-FARTHEST = 12  # times slower: what is farther is drawn there, as an arrow
+# What is farther is drawn there, as an arrow.
+FARTHEST = 12  # times slower
+MOST_ULP = 10_000
 
 
 def figure(width, height, rows=1, columns=1):
@@ -209,10 +217,9 @@ def save(fig, path):
         fig.savefig(path, dpi=150, metadata=metadata)
 
 
-def plot_speed(results, title, path):
+def draw_speed(ax, results, labels):
     """Draw a row for each case: how many times as long as fastsoftmax the others take."""
-    fig, axes = figure(9, 1.6 + 0.26 * len(results))
-    ax, rows = axes[0, 0], range(len(results))
+    rows = range(len(results))
     for name in names_in(results):
         times = [result["seconds"][name] for result in results]
         ratios = np.array([
@@ -226,16 +233,64 @@ def plot_speed(results, title, path):
         near, far = ratios <= FARTHEST, ratios > FARTHEST
         marker = "|" if name == FLOOR else "o"
         ax.plot(np.where(near, ratios, np.nan), rows, marker=marker, label=name, **style)
-        ax.plot(np.where(far, FARTHEST * 1.05, np.nan), rows, marker=">", **style)
+        ax.plot(np.where(far, 1.05 * FARTHEST, np.nan), rows, marker=">", **style)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    ax.set_yticks(rows, [result["case"] for result in results])
-    ax.set_ylim(len(results) - 0.5, -0.5)
-    ax.set_xlabel("time / time of fastsoftmax: to the right of the line, fastsoftmax is faster")
+    ax.set_xlabel("time / time of fastsoftmax: above 1, fastsoftmax is faster")
+    one_row_each(ax, labels)
+
+
+def draw_accuracy(ax, results):
+    """Draw a row for each distribution: the largest errors in ulp."""
+    names = list(results[0]["ulp"])
+    for j, name in enumerate(names):
+        rows = np.arange(len(results)) + 0.6 * ((j + 0.5) / len(names) - 0.5)  # equal, yet seen
+        errors = [math.nan if isinstance(e, str) else e for e in (r["ulp"][name] for r in results)]
+        errors = np.array(errors, float)
+        style = {"color": COLOURS[name], "linestyle": "", "markersize": 4}
+        ax.plot(np.where(errors <= MOST_ULP, errors, np.nan), rows, "o", label=name, **style)
+        ax.plot(np.where(errors > MOST_ULP, 1.2 * MOST_ULP, np.nan), rows, ">", **style)
+    ax.axvline(2, color=COLOURS[US], linewidth=1, linestyle=":")
+    ax.set(xscale="log", xlabel="largest error in ulp")
+    one_row_each(ax, [result["distribution"] for result in results])
+
+
+def one_row_each(ax, labels):
+    """Label the rows of a panel, the first one at the top."""
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(color="0.9")
     ax.set_axisbelow(True)
+
+
+def legend(fig, axes, columns):
+    """Say below the panels what has which colour."""
+    handles = {}
+    for ax in axes:
+        found = zip(*ax.get_legend_handles_labels(), strict=True)
+        handles |= {name: handle for handle, name in found if name not in handles}
+    style = {"loc": "outside lower center", "frameon": False, "fontsize": "small"}
+    fig.legend(handles.values(), handles, ncols=columns, **style)
+
+
+def plot_speed(results, title, path):
+    """Draw the ratios of every case."""
+    fig, ((ax,),) = figure(9, 1.6 + 0.26 * len(results))
+    draw_speed(ax, results, [result["case"] for result in results])
     ax.set_title(title, fontsize="medium")
-    fig.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    legend(fig, [ax], 5)
+    save(fig, path)
+
+
+def plot_overview(results, title, path):
+    """Draw accuracy and speed side by side."""
+    fig, axes = figure(12, 4.6, 1, 2)
+    draw_accuracy(axes[0, 0], results["accuracy"])
+    draw_speed(axes[0, 1], results["speed"], [result["group"] for result in results["speed"]])
+    axes[0, 0].set_title("Accuracy: softmax of float32, distributions of logits", fontsize="medium")
+    axes[0, 1].set_title("Speed", fontsize="medium")
+    fig.suptitle(title, fontsize="small", color="0.4")
+    legend(fig, [axes[0, 1], axes[0, 0]], 8)
     save(fig, path)
 
 
@@ -262,26 +317,12 @@ def plot_growth(results, title, path):
 
 
 def plot_accuracy(results, title, path):
-    """Draw a row for each distribution: the largest errors in ulp, a panel for each dtype."""
+    """Draw the errors of every distribution, a panel for each dtype."""
     dtypes = list(dict.fromkeys(result["dtype"] for result in results))
     fig, axes = figure(4.5 * len(dtypes) + 1, 5, 1, len(dtypes))
-    lines = {}
     for ax, dtype in zip(axes[0], dtypes, strict=True):
-        panel = [result for result in results if result["dtype"] == dtype]
-        names = list(panel[0]["ulp"])
-        for j, name in enumerate(names):
-            rows = np.arange(len(panel)) + 0.6 * ((j + 0.5) / len(names) - 0.5)  # equal, yet seen
-            errors = [r["ulp"][name] for r in panel]
-            errors = [math.nan if isinstance(e, str) else e for e in errors]
-            style = {"color": COLOURS[name], "linestyle": "", "marker": "o", "markersize": 4}
-            lines[name] = ax.plot(errors, rows, **style)[0]
-        ax.axvline(2, color=COLOURS[US], linewidth=1, linestyle=":")
-        ax.set_yticks(range(len(panel)), [r["distribution"] for r in panel])
-        ax.set(xscale="log", xlabel="largest error in ulp", title=dtype)
-        ax.set_ylim(len(panel) - 0.5, -0.5)
-        ax.grid(color="0.9")
-        ax.set_axisbelow(True)
+        draw_accuracy(ax, [result for result in results if result["dtype"] == dtype])
+        ax.set_title(dtype)
     fig.suptitle(title, fontsize="medium")
-    legend = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": "small"}
-    fig.legend(lines.values(), lines, **legend)
+    legend(fig, axes[0], 4)
     save(fig, path)
