@@ -71,7 +71,7 @@ def speed_tables(results):
         over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
         rows.append([result["case"], duration(ours), over, *ratios(result, peers)])
         if peers:
-            rows[-1].append(f"**{fastest_peer(result) / ours:.2f}**")
+            rows[-1].append(f"**{fastest(result)}**".replace("**-**", "-"))
     return [([*header, *(["fastest"] if peers else [])], rows)]
 
 
@@ -79,6 +79,12 @@ def ratios(result, peers):
     """The time of each peer / our time, as text."""
     ours = result["seconds"][US]
     return [cell(result["seconds"][name], lambda t: f"{t / ours:.2f}") for name in peers]
+
+
+def fastest(result):
+    """The time of the fastest peer / our time, as text."""
+    ratio = fastest_peer(result) / result["seconds"][US]
+    return "-" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
 def print_speed(results, file=None):
@@ -102,7 +108,7 @@ def print_speed(results, file=None):
         over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
         rows.append([result["case"], rate, over, *ratios(result, peers)])
         if peers:
-            rows[-1].append(f"{fastest_peer(result) / ours:.2f}")
+            rows[-1].append(fastest(result))
     table(rows, ["", "rate", "floor", *peers, *(["fastest"] if peers else [])], file)
 
     if peers:
