@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 CLANG_FORMAT ?= clang-format
+DIST = dist
+WHEELHOUSE = wheelhouse
 STUBS = fastsoftmax._core fastsoftmax.compat.scipy fastsoftmax.compat.torch
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 EXAMPLES = $(wildcard examples/*/*/*.c)
@@ -50,13 +52,15 @@ docs:  ## build the site in build/docs; warnings are errors (needs ".[docs]")
 	$(PYTHON) -m sphinx -q -W --keep-going -b html docs build/docs
 
 plots:  ## measure, and draw the pictures of the site anew (needs ".[bench]" and torch)
+	$(PYTHON) -m fastsoftmax bench overview --plot docs/images/overview.svg
 	$(PYTHON) -m fastsoftmax bench accuracy --plot docs/images/accuracy.svg
 	$(PYTHON) -m fastsoftmax bench softmax --plot docs/images/softmax.svg
 	$(PYTHON) -m fastsoftmax bench attention --plot docs/images/attention.svg
 
-wheel:  ## build a wheel with libgomp inside, in wheelhouse (needs ".[wheel]", Linux)
-	$(PYTHON) -m build --outdir dist
-	auditwheel repair --strip --zip-compression-level 9 --wheel-dir wheelhouse dist/*.whl
+wheel:  ## build a wheel with libgomp inside, in WHEELHOUSE (needs ".[wheel]", Linux)
+	$(PYTHON) -m build --outdir $(DIST)
+	$(PYTHON) -m auditwheel repair --strip --zip-compression-level 9 --wheel-dir $(WHEELHOUSE) $(DIST)/*.whl
+	! find $(WHEELHOUSE) -name '*.whl' -size +999999c | grep .  # none has 1 MB or more
 
 # The C library without Python: the drivers in tests/c, built once for each of the targets below.
 # ISAS_x, FLAGS_x, CC_x, RUN_x are what target x builds, with which flags, and how it is run.

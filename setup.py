@@ -137,7 +137,13 @@ core = Extension(
     include_dirs=["src_c", numpy.get_include()],
     depends=["setup.py", *glob("src_c/*.[ch]"), *glob("fastsoftmax/*.px[di]")],
 )
-directives = {"language_level": 3, "binding": True, "embedsignature": True, "linetrace": COVERAGE}
+directives = {
+    "language_level": 3,
+    "binding": True,
+    "embedsignature": True,
+    "autotestdict": False,  # no second copy of the docstrings
+    "linetrace": COVERAGE,
+}
 build_dir = None if COVERAGE else "build"  # where Cython's plugin of coverage.py looks
 setup(
     ext_modules=cythonize([core], build_dir=build_dir, compiler_directives=directives),

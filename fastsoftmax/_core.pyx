@@ -80,7 +80,7 @@ cpdef bint _as_flag(value, name) except -1:
 
 
 cdef extern from "numpy/arrayobject.h":
-    object PyArray_NewFromDescr(type kind, object dtype, int ndim, npy_intp *shape,
+    object PyArray_NewFromDescr(type kind, cnp.dtype dtype, int ndim, npy_intp *shape,
                                 npy_intp *strides, void *data, int flags, PyObject *template)
 
 
@@ -94,7 +94,7 @@ cdef ndarray _held(ndarray array):
     while isinstance(base, ndarray):
         owner, base = base, cnp.get_array_base(base)
     kept = array, PyWeakref_NewRef(owner, None)
-    dtype = array.dtype
+    cdef cnp.dtype dtype = array.dtype
     Py_INCREF(dtype)  # the next call takes one
     view = PyArray_NewFromDescr(ndarray, dtype, PyArray_NDIM(array), PyArray_DIMS(array),
                                 PyArray_STRIDES(array), PyArray_DATA(array), flags, NULL)
@@ -975,22 +975,18 @@ class _use_isa:
         _active = _find_isa(self._before)
 
 
-def _exp32(const float[::1] x, name):
-    """The internal exp of x <= 0, for its tests."""
-    out = np.empty(x.shape[0], np.float32)
-    cdef float[::1] y = out
-    if x.shape[0]:
-        fsm_exp_f32(_find_isa(name), &y[0], &x[0], x.shape[0])
-    return out
+def _exp32(ndarray x, name):
+    """The internal exp of x <= 0, float32, for its tests."""
+    x, y = np.ascontiguousarray(x, np.float32), np.empty(x.size, np.float32)
+    fsm_exp_f32(_find_isa(name), <float *>PyArray_DATA(y), <float *>PyArray_DATA(x), x.size)
+    return y
 
 
-def _exp64(const double[::1] x, name):
-    """The internal exp of x <= 0, for its tests."""
-    out = np.empty(x.shape[0], np.float64)
-    cdef double[::1] y = out
-    if x.shape[0]:
-        fsm_exp_f64(_find_isa(name), &y[0], &x[0], x.shape[0])
-    return out
+def _exp64(ndarray x, name):
+    """The internal exp of x <= 0, float64, for its tests."""
+    x, y = np.ascontiguousarray(x, np.float64), np.empty(x.size, np.float64)
+    fsm_exp_f64(_find_isa(name), <double *>PyArray_DATA(y), <double *>PyArray_DATA(x), x.size)
+    return y
 
 
 # ---- configuration ----
@@ -1040,11 +1036,13 @@ def show_config(mode="stdout"):
 def _cpu_name():
     try:
         with open("/proc/cpuinfo") as lines:
-            models = (line.split(":", 1)[1] for line in lines if line.startswith("model name"))
-            return next(models).strip()
-    except (OSError, StopIteration):
-        import platform
-        return platform.processor() or platform.machine()
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    import platform
+    return platform.processor() or platform.machine()
 
 
 def _configure():

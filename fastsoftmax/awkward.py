@@ -5,8 +5,9 @@ alone. Needs Awkward Array, which it does not install.
 
 **The ufuncs.** Awkward hands a ufunc the numbers of all lists at once, which is right for
 ``np.exp`` and wrong for a softmax of each list; and it lets nobody overload a ufunc for plain
-lists, but only for lists or records that have a name. So call the functions here; or, for code that
-calls :mod:`fastsoftmax.ufuncs`, :func:`register` a name and give it to the lists:
+lists, but only for lists or records that have a name. So ``ufuncs.softmax`` of plain lists raises a
+TypeError. Call the functions here; or, for code that calls :mod:`fastsoftmax.ufuncs`,
+:func:`register` a name and give it to the lists:
 
 >>> import awkward as ak, numpy as np
 >>> import fastsoftmax.awkward

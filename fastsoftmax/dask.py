@@ -66,7 +66,7 @@ def softmax(x, /, axis=-1, *, temperature=None, dtype=None):
     >>> fsd.softmax(da.asarray([1.0, 2.0, 3.0]).rechunk(2)).compute().round(4)
     array([0.09  , 0.2447, 0.6652])
     """
-    return _rows("softmax", x, axis, temperature, dtype)
+    return _rows("softmax", x, *_checked(x, axis, temperature, dtype), temperature)
 
 
 def log_softmax(x, /, axis=-1, *, temperature=None, dtype=None):
@@ -94,7 +94,7 @@ def log_softmax(x, /, axis=-1, *, temperature=None, dtype=None):
     >>> fsd.log_softmax(da.asarray([1.0, 2.0, 3.0]).rechunk(2)).compute().round(4)
     array([-2.4076, -1.4076, -0.4076])
     """
-    return _rows("log_softmax", x, axis, temperature, dtype)
+    return _rows("log_softmax", x, *_checked(x, axis, temperature, dtype), temperature)
 
 
 def logsumexp(x, /, axis=None, *, keepdims=False, dtype=None):
@@ -128,8 +128,8 @@ def logsumexp(x, /, axis=None, *, keepdims=False, dtype=None):
     >>> float(fsd.logsumexp(da.asarray([1000.0, 1000.0]).rechunk(1)).compute().round(4))
     1000.6931
     """
-    y = _rows("logsumexp", x, axis, None, dtype)
-    axes, _ = _checked(x, axis, None, dtype)
+    axes, result = _checked(x, axis, None, dtype)
+    y = _rows("logsumexp", x, axes, result)
     return y if keepdims else y[tuple(0 if d in axes else slice(None) for d in range(x.ndim))]
 
 
@@ -301,9 +301,8 @@ def _meta(x, dtype):
     return np.empty((0,) * x.ndim, dtype)
 
 
-def _rows(name, x, axis, temperature, dtype):
+def _rows(name, x, axes, result, temperature=None):
     """The function of that name; of logsumexp the axes stay, with length 1."""
-    axes, result = _checked(x, axis, temperature, dtype)
     threads, meta, reduces = _threads(), _meta(x, result), name == "logsumexp"
     if all(x.numblocks[d] == 1 for d in axes):
         options = {"keepdims": True} if reduces else {"temperature": temperature}

@@ -17,9 +17,10 @@ lets an argument with ``__array_ufunc__`` take over, so that
 - subclasses of ndarray, such as those with units, decide for themselves.
 
 Awkward Array hands a ufunc the numbers of all lists at once, which is right for ``np.exp`` and not
-for a softmax of each list. :mod:`fastsoftmax.awkward` has the functions for jagged arrays, and
-makes these ufuncs work list by list on lists that have a name: Awkward lets nobody overload a ufunc
-for lists that have none.
+for a softmax of each list: these ufuncs refuse that, with a TypeError (with NumPy 2.2 or later;
+before, a ufunc can have no attributes, and the result is that of one long list).
+:mod:`fastsoftmax.awkward` has the functions for jagged arrays, and makes these ufuncs work list by
+list on lists that have a name: Awkward lets nobody overload a ufunc for lists that have none.
 
 What differs otherwise: ``logsumexp`` is that of the last axis, not of all; x needs a dimension; an
 ``out`` that overlaps the input, also x itself, costs a copy; masked arrays are not refused, but
@@ -36,6 +37,8 @@ array([[0.5, 0.5],
        [0.5, 0.5]], dtype=float32)
 """
 
+import sys
+
 import numpy as np
 
 from ._core import _log_softmax_ufunc as log_softmax
@@ -51,3 +54,27 @@ except ImportError:  # then no array has the type
     pass
 else:
     _register_bfloat16(np.dtype(bfloat16))
+
+
+def _refuse_flattened_lists(ufunc):
+    """Make the ufunc raise where Awkward Array has taken the numbers out of their lists.
+
+    All that Awkward asks the ufunc before it does so is which types it takes, by this method. The
+    attribute hides it, and is the method to everybody else.
+    """
+
+    def resolve_dtypes(*args, **kwargs):
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("awkward."):
+            raise TypeError(
+                f"fastsoftmax.ufuncs.{ufunc.__name__} would take the numbers of all lists for one "
+                f"row; use fastsoftmax.awkward.{ufunc.__name__}, or give the lists a name "
+                "(fastsoftmax.awkward.register)"
+            )
+        return type(ufunc).resolve_dtypes(ufunc, *args, **kwargs)
+
+    ufunc.resolve_dtypes = resolve_dtypes
+
+
+for _ufunc in (softmax, log_softmax, logsumexp):
+    if hasattr(_ufunc, "__dict__"):  # NumPy 2.2
+        _refuse_flattened_lists(_ufunc)

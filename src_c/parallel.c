@@ -104,7 +104,7 @@ static int cgroup_cpus(void) {
     }
     FILE *f = fopen("/proc/self/cgroup", "r");
     while (f && fgets(line, sizeof line, f)) {
-        const char *controllers = strchr(line, ':');
+        char *controllers = strchr(line, ':');
         char *path = controllers ? strchr(controllers + 1, ':') : NULL;
         if (!path) continue;
         *path++ = 0;

@@ -173,6 +173,8 @@ def tiny_suites(monkeypatch):
     sizes = "K", [4, 8, 16], lambda n: Softmax((3, n))
     monkeypatch.setattr(bench, "SCALING", {"three rows of K": sizes})
     monkeypatch.setattr(bench, "DISTRIBUTIONS", {"scale 1": None})
+    monkeypatch.setattr(bench, "OVERVIEW", ["scale 1"])
+    monkeypatch.setattr(bench, "OVERVIEW_OF_SPEED", {"a": TINY[:1], "b": TINY[3:4]})
 
 
 def run_bench(tmp_path, *argv):
@@ -207,13 +209,26 @@ def test_bench_of_scaling(capsys, tmp_path, tiny_suites):
     assert "K=16  exponent" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "suite, last, count",
+    [("softmax", "fastest", 5), ("threads", "exponent", 2 * 2), ("scaling", "exponent", 2)],
+)
+def test_bench_as_markdown(tmp_path, tiny_suites, suite, last, count):
+    path = tmp_path / "table.md"
+    run_bench(tmp_path, suite, "--markdown", str(path))
+    header, under, *rows = path.read_text().splitlines()
+    assert header.endswith(f" {last} |") and set(under) == set("| -:")
+    assert len(rows) == count
+    assert len({line.count("|") for line in (header, under, *rows)}) == 1
+
+
 def test_exponents():
     assert report.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     assert report.exponent([1, 2, 4], [3, "wrong", 12]) == pytest.approx(1)
     assert np.isnan(report.exponent([1, 2], [3, "-"]))
 
 
-@pytest.mark.parametrize("suite", ["softmax", "scaling", "accuracy"])
+@pytest.mark.parametrize("suite", ["softmax", "scaling", "overview"])
 def test_bench_draws(tmp_path, tiny_suites, suite):
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"

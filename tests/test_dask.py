@@ -307,7 +307,6 @@ def cluster():
             yield client, 2 * limit
 
 
-@pytest.mark.full  # half a minute
 @pytest.mark.filterwarnings("ignore")
 def test_larger_than_the_memory_of_the_workers(cluster):
     client, memory = cluster

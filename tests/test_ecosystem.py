@@ -168,10 +168,24 @@ def test_awkward_ufuncs(ak, name):
     fsa.register("scores")
     scores = ak.with_parameter(plain, "__list__", "scores")
     assert ufunc(scores).tolist() == ufunc(named).tolist()
-    # What the documentation warns of: of lists without a name all numbers are given at once.
-    if name != "logsumexp":
-        together = ak.to_numpy(ak.flatten(ufunc(plain)))
-        assert_same_bits(together, function(ak.to_numpy(ak.flatten(plain)), -1))
+
+
+@pytest.mark.parametrize("name", ufuncs.__all__)
+def test_awkward_ufuncs_refuse_lists_without_a_name(ak, name):
+    """They would be given the numbers of all lists at once; everybody else is not disturbed."""
+    ufunc = getattr(ufuncs, name)
+    if not hasattr(ufunc, "__dict__"):
+        pytest.skip("ufuncs of this NumPy have no attributes")
+    jagged = ak.Array([[1.0, 2.0], [], [3.0]])
+    regular = ak.to_regular(ak.Array([[1.0, 2.0], [3.0, 4.0]]))
+    for x in (jagged, regular, jagged[1:], ak.Array([[[1, 2]], []]), ak.Array([[1.0, None]])):
+        for backend in "cpu", "typetracer":  # the one of dask-awkward
+            with pytest.raises(TypeError, match=f"use fastsoftmax.awkward.{name}, or"):
+                ufunc(ak.to_backend(x, backend))
+    for dtype in (F16, F32, F64, BF16):
+        assert ufunc.resolve_dtypes((dtype, None)) == (dtype, dtype)
+    assert ufunc.resolve_dtypes((np.dtype(np.int8), None)) == (F64, F64)
+    assert np.exp(jagged).tolist() == [[np.exp(1.0), np.exp(2.0)], [], [np.exp(3.0)]]
 
 
 def test_lists_do_not_lead_outside():

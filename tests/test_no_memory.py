@@ -97,8 +97,8 @@ def preload(tmp_path_factory):
     return str(library)
 
 
-def inject(preload, once, threads, **env):
-    code = f"ONCE = {once}\n" + textwrap.dedent(PREPARE) + textwrap.dedent(INJECT)
+def inject(preload, once, threads, others="", **env):
+    code = f"ONCE = {once}\n" + textwrap.dedent(PREPARE) + others + textwrap.dedent(INJECT)
     env = (
         os.environ
         | env
@@ -126,10 +126,20 @@ def test_no_memory_at_the_kth_allocation(preload, threads):
     assert all(made[name] >= 1 and raised[name] >= 1 for name in ("large", "one_row", "decode"))
 
 
+GENERATOR = """
+calls = {"generator": lambda: any(n < 0 for n in (1, 2))}  # as in np.broadcast_to
+want = {"generator": bits(False)}
+"""
+
+
 @needs_glibc
 def test_no_memory_for_one_small_object(preload):
     """Python's own included, at every place in a call. (In a list comprehension Cython 3.3 frees an
     element twice for which the list has no room; the process was aborted later.)"""
+    try:
+        inject(preload, (1,), 1, GENERATOR, PYTHONMALLOC="malloc")
+    except AssertionError:
+        pytest.skip("this CPython crashes by itself: docs/promises.md, crashes of others")
     lines = inject(preload, (1,), 1, PYTHONMALLOC="malloc")
     assert len(lines) == 16
     assert sum(int(raised) for _, _, _, raised in lines) > 300

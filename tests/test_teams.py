@@ -155,16 +155,17 @@ QUOTAS = {
 }  # fmt: skip
 
 
+SOURCES = Path(__file__).parents[1] / "src_c"
+
+
 @needs_linux
-@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+@pytest.mark.skipif(
+    not (shutil.which("cc") and SOURCES.exists()), reason="needs a C compiler, and the sources"
+)
 def test_cgroup_quotas(tmp_path):
-    here = Path(__file__).parent
     program = tmp_path / "quota"
-    subprocess.run(
-        ["cc", "-std=c11", "-pthread", "-I", here.parent / "src_c", here / "c" / "quota.c",
-         "-o", program],
-        check=True,
-    )  # fmt: skip
+    quota = Path(__file__).parent / "c" / "quota.c"
+    subprocess.run(["cc", "-std=c11", "-pthread", "-I", SOURCES, quota, "-o", program], check=True)
     for name, (files, want) in QUOTAS.items():
         arguments = [part for pair in files.items() for part in pair]
         done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)

@@ -14,7 +14,17 @@ import numpy as np
 import fastsoftmax as fs
 
 from . import report
-from .cases import DISTRIBUTIONS, ROW_LENGTHS, SCALING, SUITES, THREADS, dtype_of, to_json
+from .cases import (
+    DISTRIBUTIONS,
+    OVERVIEW,
+    OVERVIEW_OF_SPEED,
+    ROW_LENGTHS,
+    SCALING,
+    SUITES,
+    THREADS,
+    dtype_of,
+    to_json,
+)
 from .measure import Progress, best_of_rounds, best_time, workers
 from .peers import FLOOR, PEERS, US
 from .report import duration, table
@@ -31,9 +41,9 @@ def time_case(running, case, args, progress):
     return best
 
 
-def compare_speed(args):
-    """Time every case of a suite."""
-    groups = SUITES[args.suite]
+def compare_speed(args, groups=None):
+    """Time every case of a suite, or of these groups."""
+    groups = groups or SUITES[args.suite]
     cases = [(group, case) for group in groups for case in groups[group]]
     results = []
     with workers((US, FLOOR, *args.peers), args.threads) as running:
@@ -86,31 +96,40 @@ def growth(title, of, sizes, best):
     return {"title": title, "of": of, "sizes": list(sizes), "seconds": seconds}
 
 
-def compare_accuracy(args):
+def libraries(peers):
+    """The peers without those that are another way of calling one of them."""
+    return [name for name in peers if name not in ("torch out=", "onnxruntime bound")]
+
+
+def compare_accuracy(args, distributions=None, dtypes=("float32", "float64")):
     """Measure the softmax of every distribution; print the largest errors in ulp."""
-    names = [name for name in (US, *args.peers) if name not in ("torch out=", "onnxruntime bound")]
-    # float64 needs an oracle that is wider.
-    dtypes = ["float32", "float64"] if np.finfo(np.longdouble).nmant > 52 else ["float32"]
+    distributions = distributions or DISTRIBUTIONS
+    names = [US, *libraries(args.peers)]
+    if np.finfo(np.longdouble).nmant <= 52:  # float64 needs an oracle that is wider
+        dtypes = ["float32"]
     results = []
     with workers(names, args.threads) as running:
         say_who(running, args)
         print(f"largest error in ulp over rows of {ROW_LENGTHS[0]} to {ROW_LENGTHS[-1]:,} elements")
-        with Progress(len(dtypes) * len(DISTRIBUTIONS) * len(running)) as progress:
+        with Progress(len(dtypes) * len(distributions) * len(running)) as progress:
             for dtype in dtypes:
-                for distribution in DISTRIBUTIONS:
+                for distribution in distributions:
                     what = {"dtype": dtype, "distribution": distribution}
                     asks = {n: partial(worker.ask, **what) for n, worker in running.items()}
                     errors = best_of_rounds(1, asks, progress, distribution)
                     results.append(what | {"ulp": errors})
-    for dtype in dtypes:
-        rows = [
-            [r["distribution"], *(report.cell(e, "{:.2f}".format) for e in r["ulp"].values())]
-            for r in results
-            if r["dtype"] == dtype
-        ]
+    for header, rows in report.accuracy_tables(results):
         print()
-        table(rows, [dtype, *running])
+        table(rows, header)
     return results
+
+
+def compare_overview(args):
+    """Measure a little of both, by calls that make their result."""
+    args.peers = libraries(args.peers)
+    accuracy = compare_accuracy(args, OVERVIEW, ["float32"])
+    print()
+    return {"accuracy": accuracy, "speed": compare_speed(args, OVERVIEW_OF_SPEED)}
 
 
 def say_who(running, args):
@@ -124,11 +143,12 @@ def say_who(running, args):
         print(f"not installed: {', '.join(absent)}\n")
 
 
-COMMANDS = {  # what measures a suite, and what draws it
-    **dict.fromkeys(SUITES, (compare_speed, report.plot_speed)),
-    "threads": (compare_threads, report.plot_growth),
-    "scaling": (compare_sizes, report.plot_growth),
-    "accuracy": (compare_accuracy, report.plot_accuracy),
+COMMANDS = {  # what measures a suite, what makes tables of it, and what draws it
+    **dict.fromkeys(SUITES, (compare_speed, report.speed_tables, report.plot_speed)),
+    "threads": (compare_threads, report.growth_tables, report.plot_growth),
+    "scaling": (compare_sizes, report.growth_tables, report.plot_growth),
+    "overview": (compare_overview, report.overview_tables, report.plot_overview),
+    "accuracy": (compare_accuracy, report.accuracy_tables, report.plot_accuracy),
 }
 
 
@@ -142,12 +162,13 @@ def add_arguments(parser):
     add("--rounds", type=int, default=3, help="turns that each takes; default: %(default)s")
     add("--seconds", type=float, default=0.2, help="length of a turn; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="save the numbers, too")
+    add("--markdown", type=Path, metavar="FILE", help="write them as tables of a document")
     add("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
 
 
 def run(args):
     """Carry out the command; the exit status."""
-    measure_suite, plot = COMMANDS[args.suite]
+    measure_suite, tables, plot = COMMANDS[args.suite]
     if args.plot:
         report.figure(1, 1)  # say now, not after minutes, that matplotlib is missing
     if args.peers is None:
@@ -159,6 +180,8 @@ def run(args):
     if args.json:
         text = json.dumps({"config": config, "suite": args.suite, "results": results}, indent=1)
         args.json.write_text(text + "\n")
+    if args.markdown:
+        report.markdown(tables(results), args.markdown)
     if args.plot:
         plot(results, f"{args.suite}, {title}", args.plot)
     return 0

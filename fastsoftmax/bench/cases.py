@@ -332,3 +332,18 @@ DISTRIBUTIONS = {  # of the logits whose softmax `accuracy` examines
     "few values": lambda r, shape: r.choice(r.normal(0, 5, 4), shape),
     "two scales": lambda r, shape: r.normal(0, 1, shape) * r.choice([0.1, 10], shape),
 }
+
+# The picture of the README: some of these, and some calls as they are mostly made.
+OVERVIEW = "scale 1", "scale 10", "scale 100", "offset 100", "few values", "two scales"
+OVERVIEW_OF_SPEED = {
+    "softmax of 8 numbers": [Softmax((8,), out=False)],
+    "1024 rows of 64": [Softmax((1024, 64), out=False)],
+    "4096 rows of 1024": [Softmax((4096, 1024), out=False)],
+    "the same in float16": [Softmax((4096, 1024), "float16", out=False)],
+    "16 rows of 128,256": [Softmax((16, 128256), out=False)],
+    "2048 x 2048 along axis 0": [Softmax((2048, 2048), axis=0, out=False)],
+    "attention, 12 heads, 512 x 512": [Attention((1, 12, 12, 512, 512, 64))],
+    "8 heads, 2048 x 2048": [Attention((1, 8, 8, 2048, 2048, 64))],
+    "the same, causal": [Attention((1, 8, 8, 2048, 2048, 64), "causal")],
+    "one query, 4096 keys, 32 heads": [Attention((1, 32, 8, 1, 4096, 128))],
+}

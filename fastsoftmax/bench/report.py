@@ -23,6 +23,16 @@ def table(rows, header, file=None):
         print(line.rstrip(), file=file)
 
 
+def markdown(tables, path):
+    """Write tables, each a header and rows, as they stand in docs/explanation."""
+    text = ""
+    for header, rows in tables:
+        under = ["---", *["--:"] * (len(header) - 1)]
+        lines = (" | ".join(map(str, cells)) for cells in (header, under, *rows))
+        text += "\n" * bool(text) + "".join(f"| {line} |\n" for line in lines)
+    path.write_text(text)
+
+
 def duration(seconds):
     """Print a time with three digits: 711 us."""
     unit, name = (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
@@ -50,6 +60,33 @@ def fastest_peer(result):
     return min(times, default=math.nan)
 
 
+def speed_tables(results):
+    """For Markdown: our time, that over the floor's, and those of the peers over ours."""
+    peers = [name for name in names_in(results) if name in PEERS]
+    header = ["case", "time", "time / floor", *(n.replace("onnxruntime b", "b") for n in peers)]
+    rows = []
+    for result in results:
+        seconds = result["seconds"]
+        ours, floor = seconds[US], seconds.get(FLOOR, "-")
+        over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
+        rows.append([result["case"], duration(ours), over, *ratios(result, peers)])
+        if peers:
+            rows[-1].append(f"**{fastest(result)}**".replace("**-**", "-"))
+    return [([*header, *(["fastest"] if peers else [])], rows)]
+
+
+def ratios(result, peers):
+    """The time of each peer / our time, as text."""
+    ours = result["seconds"][US]
+    return [cell(result["seconds"][name], lambda t: f"{t / ours:.2f}") for name in peers]
+
+
+def fastest(result):
+    """The time of the fastest peer / our time, as text."""
+    ratio = fastest_peer(result) / result["seconds"][US]
+    return "-" if math.isnan(ratio) else f"{ratio:.2f}"
+
+
 def print_speed(results, file=None):
     """Print the times; the rate and the ratios; the means of the groups."""
     names = names_in(results)
@@ -67,11 +104,11 @@ def print_speed(results, file=None):
     for result in results:
         seconds = result["seconds"]
         ours, floor = seconds[US], seconds.get(FLOOR, "-")
-        ratios = [cell(seconds[n], lambda t, ours=ours: f"{t / ours:.2f}") for n in peers]
         rate = f"{result['work'] / ours / 1e9:.3g} {result['unit']}"
         over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
-        ratios += [f"{fastest_peer(result) / ours:.2f}"] if peers else []
-        rows.append([result["case"], rate, over, *ratios])
+        rows.append([result["case"], rate, over, *ratios(result, peers)])
+        if peers:
+            rows[-1].append(fastest(result))
     table(rows, ["", "rate", "floor", *peers, *(["fastest"] if peers else [])], file)
 
     if peers:
@@ -105,6 +142,24 @@ def exponent(sizes, seconds):
     return float(np.polyfit(*np.log(np.transpose(pairs)), 1)[0])
 
 
+def growth_tables(results):
+    """For Markdown: a row for each case, a table for those that grow alike."""
+    tables = {}
+    for result in results:
+        header = *(f"{result['of']} = {short(n)}" for n in result["sizes"]), "exponent"
+        for name, times in result["seconds"].items():
+            title = result["title"] if name == US else f"{result['title']}, {name}"
+            fitted = f"{exponent(result['sizes'], times):.2f}"
+            row = [title, *(cell(t, duration) for t in times), fitted]
+            tables.setdefault(header, []).append(row)
+    return [(["", *header], rows) for header, rows in tables.items()]
+
+
+def short(n):
+    """Write 1024 as 1k."""
+    return f"{n:g}" if n < 1024 else f"{n / 1024:g}k"
+
+
 def print_growth(results, file=None):
     """Print the times for each size and the fitted exponents."""
     print("time of one call; exponent: of time = a * size ** exponent, fitted to them", file=file)
@@ -119,6 +174,24 @@ def print_growth(results, file=None):
         table(rows, [result["title"], *sizes, "exponent"], file)
 
 
+# --- accuracy: results are [{dtype, distribution, ulp: {name: number or word}}] -------------------
+
+
+def accuracy_tables(results):
+    """For the terminal and for Markdown: a table for each dtype."""
+    tables = {}
+    for result in results:
+        row = [result["distribution"], *(cell(e, "{:.2f}".format) for e in result["ulp"].values())]
+        tables.setdefault((result["dtype"], *result["ulp"]), []).append(row)
+    return list(tables.items())
+
+
+def overview_tables(results):
+    """For Markdown: both, with the words of the picture."""
+    speed = [result | {"case": result["group"]} for result in results["speed"]]
+    return [*accuracy_tables(results["accuracy"]), *speed_tables(speed)]
+
+
 # --- plots ----------------------------------------------------------------------------------------
 
 COLOURS = {
@@ -126,7 +199,9 @@ COLOURS = {
     **{"torch": "tab:red", "torch out=": "tab:pink", "jax": "tab:green"},
     **{"onnxruntime": "tab:olive", "onnxruntime bound": "tab:orange", "openvino": "tab:purple"},
 }
-FARTHEST = 12  # times slower: what is farther is drawn there, as an arrow
+# What is farther is drawn there, as an arrow.
+FARTHEST = 12  # times slower
+MOST_ULP = 10_000
 
 
 def figure(width, height, rows=1, columns=1):
@@ -148,10 +223,9 @@ def save(fig, path):
         fig.savefig(path, dpi=150, metadata=metadata)
 
 
-def plot_speed(results, title, path):
+def draw_speed(ax, results, labels):
     """Draw a row for each case: how many times as long as fastsoftmax the others take."""
-    fig, axes = figure(9, 1.6 + 0.26 * len(results))
-    ax, rows = axes[0, 0], range(len(results))
+    rows = range(len(results))
     for name in names_in(results):
         times = [result["seconds"][name] for result in results]
         ratios = np.array([
@@ -165,16 +239,64 @@ def plot_speed(results, title, path):
         near, far = ratios <= FARTHEST, ratios > FARTHEST
         marker = "|" if name == FLOOR else "o"
         ax.plot(np.where(near, ratios, np.nan), rows, marker=marker, label=name, **style)
-        ax.plot(np.where(far, FARTHEST * 1.05, np.nan), rows, marker=">", **style)
+        ax.plot(np.where(far, 1.05 * FARTHEST, np.nan), rows, marker=">", **style)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    ax.set_yticks(rows, [result["case"] for result in results])
-    ax.set_ylim(len(results) - 0.5, -0.5)
-    ax.set_xlabel("time / time of fastsoftmax: to the right of the line, fastsoftmax is faster")
+    ax.set_xlabel("time / time of fastsoftmax: above 1, fastsoftmax is faster")
+    one_row_each(ax, labels)
+
+
+def draw_accuracy(ax, results):
+    """Draw a row for each distribution: the largest errors in ulp."""
+    names = list(results[0]["ulp"])
+    for j, name in enumerate(names):
+        rows = np.arange(len(results)) + 0.6 * ((j + 0.5) / len(names) - 0.5)  # equal, yet seen
+        errors = [math.nan if isinstance(e, str) else e for e in (r["ulp"][name] for r in results)]
+        errors = np.array(errors, float)
+        style = {"color": COLOURS[name], "linestyle": "", "markersize": 4}
+        ax.plot(np.where(errors <= MOST_ULP, errors, np.nan), rows, "o", label=name, **style)
+        ax.plot(np.where(errors > MOST_ULP, 1.2 * MOST_ULP, np.nan), rows, ">", **style)
+    ax.axvline(2, color=COLOURS[US], linewidth=1, linestyle=":")
+    ax.set(xscale="log", xlabel="largest error in ulp")
+    one_row_each(ax, [result["distribution"] for result in results])
+
+
+def one_row_each(ax, labels):
+    """Label the rows of a panel, the first one at the top."""
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(color="0.9")
     ax.set_axisbelow(True)
+
+
+def legend(fig, axes, columns):
+    """Say below the panels what has which colour."""
+    handles = {}
+    for ax in axes:
+        found = zip(*ax.get_legend_handles_labels(), strict=True)
+        handles |= {name: handle for handle, name in found if name not in handles}
+    style = {"loc": "outside lower center", "frameon": False, "fontsize": "small"}
+    fig.legend(handles.values(), handles, ncols=columns, **style)
+
+
+def plot_speed(results, title, path):
+    """Draw the ratios of every case."""
+    fig, ((ax,),) = figure(9, 1.6 + 0.26 * len(results))
+    draw_speed(ax, results, [result["case"] for result in results])
     ax.set_title(title, fontsize="medium")
-    fig.legend(loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    legend(fig, [ax], 5)
+    save(fig, path)
+
+
+def plot_overview(results, title, path):
+    """Draw accuracy and speed side by side."""
+    fig, axes = figure(12, 4.6, 1, 2)
+    draw_accuracy(axes[0, 0], results["accuracy"])
+    draw_speed(axes[0, 1], results["speed"], [result["group"] for result in results["speed"]])
+    axes[0, 0].set_title("Accuracy: softmax of float32, distributions of logits", fontsize="medium")
+    axes[0, 1].set_title("Speed", fontsize="medium")
+    fig.suptitle(title, fontsize="small", color="0.4")
+    legend(fig, [axes[0, 1], axes[0, 0]], 8)
     save(fig, path)
 
 
@@ -192,7 +314,7 @@ def plot_growth(results, title, path):
             lines[name] = ax.plot(result["sizes"], times, ".-", color=COLOURS[name])[0]
         ax.set(yscale="log", xlabel=result["of"], ylabel="seconds")
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1024 else f"{x / 1024:g}k")
+        ax.xaxis.set_major_formatter(lambda x, _: short(x))
         ax.set_title(result["title"], fontsize="small")
         ax.grid(color="0.9")
     fig.suptitle(title, fontsize="medium")
@@ -201,26 +323,12 @@ def plot_growth(results, title, path):
 
 
 def plot_accuracy(results, title, path):
-    """Draw a row for each distribution: the largest errors in ulp, a panel for each dtype."""
+    """Draw the errors of every distribution, a panel for each dtype."""
     dtypes = list(dict.fromkeys(result["dtype"] for result in results))
     fig, axes = figure(4.5 * len(dtypes) + 1, 5, 1, len(dtypes))
-    lines = {}
     for ax, dtype in zip(axes[0], dtypes, strict=True):
-        panel = [result for result in results if result["dtype"] == dtype]
-        names = list(panel[0]["ulp"])
-        for j, name in enumerate(names):
-            rows = np.arange(len(panel)) + 0.6 * ((j + 0.5) / len(names) - 0.5)  # equal, yet seen
-            errors = [r["ulp"][name] for r in panel]
-            errors = [math.nan if isinstance(e, str) else e for e in errors]
-            style = {"color": COLOURS[name], "linestyle": "", "marker": "o", "markersize": 4}
-            lines[name] = ax.plot(errors, rows, **style)[0]
-        ax.axvline(2, color=COLOURS[US], linewidth=1, linestyle=":")
-        ax.set_yticks(range(len(panel)), [r["distribution"] for r in panel])
-        ax.set(xscale="log", xlabel="largest error in ulp", title=dtype)
-        ax.set_ylim(len(panel) - 0.5, -0.5)
-        ax.grid(color="0.9")
-        ax.set_axisbelow(True)
+        draw_accuracy(ax, [result for result in results if result["dtype"] == dtype])
+        ax.set_title(dtype)
     fig.suptitle(title, fontsize="medium")
-    legend = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": "small"}
-    fig.legend(lines.values(), lines, **legend)
+    legend(fig, axes[0], 4)
     save(fig, path)
