@@ -11,7 +11,7 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
     cdef int d
     cdef object given = _converted(labels, "labels")
     cdef ndarray x = _as_array(logits, "logits", None)
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if x.ndim == 0:
         raise ValueError("logits must have a dimension of classes, got shape ()")
