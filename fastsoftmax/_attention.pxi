@@ -77,7 +77,7 @@ cdef _as_number(value, name, compute):
     array = _converted(value, name)
     if (array.ndim or _code(array.dtype) < 0 or array.dtype.kind == "b"
             or isinstance(value, np.ma.MaskedArray)):
-        raise TypeError(f"{name} must be a real number or None, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     with np.errstate(all="ignore"):
         finite = np.isfinite(compute.type(array))
     if not finite:

@@ -68,11 +68,16 @@ cdef _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, bint cau
     # To the checks this is a batch in which every sequence is as long as the longest. C moves the
     # first query and key of each to where it begins, and stops where it ends.
     n = q_starts.size - 1
+    steps = q.strides[0], k.strides[0], v.strides[0]
     longest_q, longest_k = _longest(q_starts), _longest(k_starts)
     q, k, v = _batch(q, n, longest_q), _batch(k, n, longest_k), _batch(v, n, longest_k)
     arrays, _, _, _, compute = _enter_attention(
         &problem, q, k, v, mask, bias, causal, q_offset, kv_lengths, window, scale, softcap, sinks,
         slopes, None)
+    # Broadcast dimensions of one element have no stride; but there may be sequences behind it.
+    problem.operand[<int>FSM_ATTN_Q].strides[2] = steps[0]
+    problem.operand[<int>FSM_ATTN_K].strides[2] = steps[1]
+    problem.operand[<int>FSM_ATTN_V].strides[2] = steps[2]
     if kv_lengths is not None:
         lengths, keys = np.broadcast_to(arrays[6], (n,)), np.diff(k_starts)
         if (lengths > keys).any():

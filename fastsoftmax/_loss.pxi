@@ -20,11 +20,7 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
     except TypeError:
         raise TypeError("axis and ignore_index must be integers, got "
                         f"{axis!r} and {ignore_index!r}") from None
-    try:
-        smoothing = float(label_smoothing)
-    except (TypeError, ValueError):
-        raise TypeError("label_smoothing must be a number, got "
-                        f"{type(label_smoothing).__name__}") from None
+    smoothing = _as_number(label_smoothing, "label_smoothing", np.dtype(np.float64))
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {smoothing}")
     _begin(problem, op, x, axis)

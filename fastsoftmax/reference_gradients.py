@@ -98,7 +98,8 @@ def _classes(logits, labels, axis, weight, ignore_index, precise):
     seen = labels != ignore_index
     at = np.where(seen, labels, 0).astype(np.int64)
     w = np.ones(x.shape[-1]) if weight is None else np.asarray(weight).astype(np.float64)
-    return x, at[..., None], seen, np.where(seen, w[at], 0).astype(precise), w.astype(precise)
+    rows = np.where(seen, w[at], 0) if w.size else np.zeros(at.shape)
+    return x, at[..., None], seen, rows.astype(precise), w.astype(precise)
 
 
 @_quiet

@@ -64,7 +64,8 @@ def attention_options(d, dtype, heads, lead, scores, keys):
         return d.one_of(at_the_end, -2, 2**62, -(2**62), d.g.integers(-5, 70, lead))
 
     def lengths():
-        return d.one_of(d.integer(0, np.min(keys, initial=99)), d.g.integers(0, keys + 1, lead))
+        all_have = int(np.min(keys)) if np.size(keys) else 0
+        return d.one_of(d.integer(0, all_have), d.g.integers(0, keys + 1, lead))
 
     maybe("mask", lambda: d.laid_out(d.g.random(d.part_of(scores)) < d.one_of(0.1, 0.9), bool))
     maybe("bias", bias)

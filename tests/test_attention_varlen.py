@@ -108,6 +108,17 @@ def test_options_together_and_threads(isa, dtype):
                 assert_as_in_a_loop(packed(lengths, dtype), options, (trial, threads, options))
 
 
+@every_dtype
+@pytest.mark.parametrize(
+    "lengths",
+    [[(1, 8), (1, 20), (1, 0), (1, 130)], [(3, 1), (9, 1), (0, 1)], [(1, 1)] * 3, [(0, 1), (1, 1)]],
+    ids=str,
+)
+def test_single_rows(isa, dtype, lengths):
+    """No sequence has a second query, or a second key: NumPy keeps no stride for these."""
+    assert_as_in_a_loop(packed(lengths, dtype), {})
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_many_slices(isa, threads):
     """More tasks than a slice holds, of both kinds; the last chunk of heads is smaller."""
