@@ -27,11 +27,11 @@ cdef _batch(packed, n, longest):
     return np.broadcast_to(heads, (n, *heads.shape))
 
 
-cdef _unless_shared(value, out):
+cdef _unless_shared(value, name, out):
     """value, or a copy of it if it shares memory with out."""
     if out is None or value is None or isinstance(value, int):
         return value
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    array = value if isinstance(value, np.ndarray) else _converted(value, name)
     return array.copy() if np.may_share_memory(array, out) else value
 
 
@@ -61,8 +61,10 @@ cdef _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, bint cau
         held = _held(out)
         _check_out(held, shape)
         shared = []
-        for value in (q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes):
-            shared.append(_unless_shared(value, held))
+        for value, name in ((q, "q"), (k, "k"), (v, "v"), (mask, "mask"), (bias, "bias"),
+                            (q_offset, "q_offset"), (kv_lengths, "kv_lengths"), (sinks, "sinks"),
+                            (slopes, "alibi_slopes")):
+            shared.append(_unless_shared(value, name, held))
         q, k, v, mask, bias, q_offset, kv_lengths, sinks, slopes = shared
 
     # To the checks this is a batch in which every sequence is as long as the longest. C moves the

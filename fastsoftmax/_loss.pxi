@@ -97,7 +97,9 @@ cdef _cross_entropy(logits, labels, axis, weight, reduction, ignore_index, label
             return losses.astype(result, copy=False)[()]
         # One number a row is left, which NumPy adds up in pairs.
         loss = losses.sum(dtype=np.float64)
-        return np.asarray(loss if reduction == "sum" else loss / total).astype(result)[()]
+        if reduction == "mean":  # of no weight at all it is NaN, whatever smoothing adds
+            loss = loss / total if total else np.float64(np.nan)
+        return np.asarray(loss).astype(result)[()]
 
 
 cdef _smooth_gradients(dx, places, weight, every):

@@ -51,7 +51,8 @@ def cross_entropy(
     m, d, e = _from_max(x, (x.ndim - 1,))
     # The row's maximum is taken off first: a loss close to 0 must not be a difference of large ones
     log_sum = _log_of_sum(d, e, (x.ndim - 1,))
-    losses = w * (log_sum - np.take_along_axis(d, at, -1))[..., 0]
+    at_label = np.take_along_axis(d, at, -1) if d.size else np.zeros(at.shape)
+    losses = w * (log_sum - at_label)[..., 0]
     if label_smoothing:
         s, n = precise(label_smoothing), x.shape[-1]
         losses = (1 - s) * losses + s / n * (each * (log_sum - d)).sum(-1)
@@ -59,6 +60,8 @@ def cross_entropy(
     losses = np.where(seen, losses, precise(0))
     if reduction == "none":
         return losses[()]
+    if reduction == "mean" and not w.sum() > 0:
+        return precise(np.nan)  # of nothing, whatever smoothing adds
     return losses.sum() / (w.sum() if reduction == "mean" else 1)
 
 

@@ -129,6 +129,7 @@ def attention_varlen(d):
     out, (q, k, v) = d.out((*q.shape[:2], v_depth), dtype, q, k, v)
 
     def oracle(q, k, v, cu_q, cu_k, out=None, return_lse=False, **options):
+        options = {name: value for name, value in options.items() if value is not None}
         parts = sequences(*natives(q, k, v), cu_q, cu_k, options)
         return [(place, Attention(*arrays, **part)) for place, arrays, part in parts]
 
