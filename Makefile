@@ -55,7 +55,6 @@ plots:  ## measure, and draw the pictures of the site anew (needs ".[bench]" and
 	$(PYTHON) -m fastsoftmax bench overview --plot docs/images/overview.svg
 	$(PYTHON) -m fastsoftmax bench accuracy --plot docs/images/accuracy.svg
 	$(PYTHON) -m fastsoftmax bench softmax --plot docs/images/softmax.svg
-	$(PYTHON) -m fastsoftmax bench attention --plot docs/images/attention.svg
 
 wheel:  ## build a wheel with libgomp inside, in WHEELHOUSE (needs ".[wheel]", Linux)
 	$(PYTHON) -m build --outdir $(DIST)
