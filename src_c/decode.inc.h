@@ -416,10 +416,6 @@ static void merge_one(const fsm_matrix operand[FSM_MERGE_COUNT], const fsm_dtype
     factor[wins] = (real)(1 / (1 + (double)e[0]));
     factor[!wins] = (real)(e[0] / (1 + (double)e[0]));
     real result = (real)((double)high + log1p_ratio(e[0]));
-    if (high == -INFINITY) { /* neither sees anything */
-        factor[0] = factor[1] = 0;
-        result = high;
-    }
     if (lse[0] != lse[0] || lse[1] != lse[1] || high == INFINITY) {
         factor[0] = factor[1] = (real)NAN;
         result = high == INFINITY && low == low ? high : (real)NAN;
