@@ -169,7 +169,7 @@ def garbage(d):
         lambda: np.array(1.0),
         lambda: np.arange(6.0)[::-1],
         lambda: np.empty((0, 3)),
-        lambda: np.char.array(["a"]),
+        lambda: np.array(["a"]),
     )
     kind = d.one_of("number", "object", "array", "array")
     return (d.one_of(*numbers) if kind == "number" else
