@@ -43,6 +43,7 @@ typedef struct {
     int threads, upward;          /* upward: the caller rounds so, which must change nothing */
     int special;                  /* rows with NaN, inf and so on */
     int small, one_call;          /* by fsm_softmax_small, by fsm_softmax_rows */
+    int parts;                    /* in so many, by fsm_parts_sum and fsm_parts_map */
 } test;
 
 static int is_reduction(fsm_op op) { return op == FSM_LOGSUMEXP || op == FSM_LOGSUMEXP_WEIGHTED; }
@@ -70,6 +71,7 @@ static void expect(int ok, const test *t, const fsm_isa *isa, const char *what, 
     printf("%s%s%s%s\n", t->out_at == FSM_OUT ? "" : ", in place", t->special ? ", special" : "",
            t->small      ? ", small"
            : t->one_call ? ", in one call"
+           : t->parts    ? ", in parts"
                          : "",
            t->upward ? ", upward" : "");
 }
@@ -158,6 +160,75 @@ static int take_out(const test *t, const array *a, char *to) {
 
 /* ---- running a test ---- */
 
+/* As many rows as the test has, of so many elements, contiguous. */
+static array new_rows(const test *t, ptrdiff_t width, ptrdiff_t size) {
+    const ptrdiff_t extent[] = {t->shape[0], t->shape[1], width, 1};
+    return new_blank(&layouts[CONTIGUOUS], "rsab", extent, (int)size);
+}
+
+/* The largest element of each row, in the compute type; NaN if there is one. */
+static array new_maxima(const test *t, const array *x) {
+    array a = new_rows(t, 1, sizes[t->compute]);
+    for (ptrdiff_t r = 0; r < rows_of(t); r++) {
+        double m = -INFINITY;
+        for (ptrdiff_t i = 0; i < length_of(t); i++) {
+            const double one = decode(t->type[FSM_X], element(t, x, r, i));
+            if (isgreater(one, m) || one != one) m = one;
+        }
+        encode(t->compute, m, a.first + r * sizes[t->compute]);
+    }
+    guard(&a, 1);
+    return a;
+}
+
+/* Each part has arrays of its own; some are empty where there are more parts than elements. First
+ * the sums of all parts are added up, then each is mapped. */
+static void run_parts(const test *t, const fsm_isa *isa, const array *x, const array *out) {
+    const ptrdiff_t rows = rows_of(t), whole = length_of(t), counts = rows * FSM_PARTS;
+    const ptrdiff_t x_size = sizes[t->type[FSM_X]], out_size = sizes[t->type[FSM_OUT]];
+    array max = new_maxima(t, x), total = new_rows(t, FSM_PARTS, sizeof(int64_t));
+    int64_t *sum = memset(total.first, 0, (size_t)counts * sizeof *sum);
+    for (int k = 0; k < 2 * t->parts; k++) {
+        const int map = k >= t->parts;
+        const ptrdiff_t at = whole * (k % t->parts) / t->parts;
+        const ptrdiff_t n = whole * (k % t->parts + 1) / t->parts - at;
+        const ptrdiff_t width = is_reduction(t->op) ? 1 : n, to = is_reduction(t->op) ? 0 : at;
+        array part = new_rows(t, n, x_size), counted = new_rows(t, FSM_PARTS, sizeof *sum);
+        array result = new_rows(t, width, out_size);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (ptrdiff_t i = 0; i < n; i++)
+                memcpy(part.first + (r * n + i) * x_size, element(t, x, r, at + i), (size_t)x_size);
+        if (map) memcpy(counted.first, total.first, (size_t)counts * sizeof *sum);
+        guard(&part, 1);
+        guard(&counted, map);
+        guard(&result, 0);
+        const fsm_parts p = {t->op,       t->compute, t->type[FSM_X], t->type[FSM_OUT],
+                             isa,         t->threads, rows,           n,
+                             whole,       part.first, max.first,      (int64_t *)counted.first,
+                             result.first};
+        if (map) fsm_parts_map(&p);
+        else fsm_parts_sum(&p);
+        for (ptrdiff_t j = 0; !map && j < counts; j++) {
+            int64_t one;
+            take(counted.first + j * (ptrdiff_t)sizeof one, (char *)&one, sizeof one);
+            sum[j] += one;
+        }
+        for (ptrdiff_t r = 0; map && r < rows; r++)
+            for (ptrdiff_t i = 0; i < width; i++)
+                take(result.first + (r * width + i) * out_size, element(t, out, r, to + i),
+                     (int)out_size);
+        expect(map ? is_untouched(&counted) : is_blank(&counted), t, isa, "wrote beside sums", k);
+        expect(is_blank(&result), t, isa, "wrote beside a part of out", k);
+        expect(is_untouched(&part), t, isa, "wrote to a part of x", k);
+        free_array(&part);
+        free_array(&counted);
+        free_array(&result);
+    }
+    expect(is_untouched(&max), t, isa, "wrote to max", 0);
+    free_array(&max);
+    free_array(&total);
+}
+
 /* `signs` is written if the test has some. */
 static void run(const test *t, const fsm_isa *isa, char *results, char *signs) {
     fsm_problem p = {t->op, t->compute, 4, t->threads, isa, .reduced = {0, 0, 1, 1}};
@@ -182,6 +253,7 @@ static void run(const test *t, const fsm_isa *isa, char *results, char *signs) {
         status = fsm_softmax_rows(isa, t->op, t->type[FSM_X], a[FSM_X].first, a[FSM_X].stride[1],
                                   a[FSM_X].stride[3], a[FSM_OUT].first, a[FSM_OUT].stride[1],
                                   a[FSM_OUT].stride[3], rows_of(t), length_of(t), t->threads);
+    else if (t->parts) run_parts(t, isa, &a[FSM_X], &a[FSM_OUT]);
     else status = fsm_plan_new(&plan, &p);
     while (status == FSM_AGAIN) status = fsm_plan_run(plan);
     fsm_plan_free(plan);
@@ -205,7 +277,7 @@ static void run_alone(const test *t, char *results, char *signs) {
     memset(one.layout, CONTIGUOUS, sizeof one.layout);
     one.out_at = FSM_OUT;
     one.threads = one.spread = 1;
-    one.small = one.one_call = one.upward = 0;
+    one.small = one.one_call = one.parts = one.upward = 0;
     for (ptrdiff_t r = 0; r < rows_of(t); r++, one.first++)
         run(&one, scalar, results + r * bytes_of(&one), signs + r * bytes_of(&one));
 }
@@ -529,6 +601,19 @@ static void one_call(fsm_op op) {
     }
 }
 
+/* Rows that lie in no one memory; the longest are dealt to threads. */
+static void parts(fsm_op op) {
+    static const ptrdiff_t lengths[] = {1, 2, 5, 17, 64, 300, 5000};
+    for (int k = 0; k < COUNT(lengths) * USUAL * 4 && op <= FSM_LOGSUMEXP; k++) {
+        const ptrdiff_t n = lengths[k / 4 / USUAL];
+        test t = usual(k / 4, op, n < 300 ? 10 : 20, n);
+        t.special = k % 2;
+        t.parts = 1 + k % 4;
+        t.threads = 1 + k % 3;
+        check(t);
+    }
+}
+
 /* Calls from several threads at once, each of which may start more. */
 static void *caller(void *first) {
     const test *mine = first;
@@ -680,10 +765,11 @@ static const struct {
     void (*run)(fsm_op);
 } groups[] = {
 #define GROUP(f) {#f, f}
-    GROUP(lengths),      GROUP(lanes),        GROUP(dtypes),          GROUP(all_layouts),
-    GROUP(zero_strides), GROUP(operands),     GROUP(special_rows),    GROUP(threads),
-    GROUP(long_rows),    GROUP(small),        GROUP(one_call),        GROUP(callers),
-    GROUP(teams),        GROUP(exponentials), GROUP(past_the_caches), GROUP(odds_and_ends)};
+    GROUP(lengths),      GROUP(lanes),    GROUP(dtypes),       GROUP(all_layouts),
+    GROUP(zero_strides), GROUP(operands), GROUP(special_rows), GROUP(threads),
+    GROUP(long_rows),    GROUP(small),    GROUP(one_call),     GROUP(parts),
+    GROUP(callers),      GROUP(teams),    GROUP(exponentials), GROUP(past_the_caches),
+    GROUP(odds_and_ends)};
 
 int main(int argc, char **argv) {
     choose_isas(argc, argv);
