@@ -1,6 +1,9 @@
 """Fixtures and reporting. Every test with an ``isa`` argument runs once per ISA of this CPU."""
 
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +54,27 @@ def threads():
     before = fastsoftmax.get_num_threads()
     yield fastsoftmax.set_num_threads
     fastsoftmax.set_num_threads(before)
+
+
+@pytest.fixture
+def c_program(tmp_path):
+    """Compiles a program of tests/c, which includes one of src_c: a function of its arguments that
+    gives the words it prints. For tests/coverage.sh it counts what runs."""
+    tests = Path(__file__).parent
+    sources = tests.parent / "src_c"
+    if not (shutil.which("cc") and sources.exists()):
+        pytest.skip("needs a C compiler, and the sources")
+    flags = ["--coverage"] if os.environ.get("FASTSOFTMAX_COVERAGE") == "1" else []
+
+    def compiled(name):
+        program = tmp_path / name
+        command = ["cc", "-std=c11", "-pthread", *flags, "-I", sources, tests / f"c/{name}.c"]
+        subprocess.run([*command, "-o", program], check=True)
+        return lambda *arguments: subprocess.run(
+            [program, *arguments], capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    return compiled
 
 
 @pytest.fixture

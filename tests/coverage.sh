@@ -22,13 +22,15 @@ plugins = Cython.Coverage
 source = fastsoftmax
 omit = fastsoftmax/bench/*
 RC
-FASTSOFTMAX_COVERAGE=1 "$python" setup.py -q build_ext --inplace
+export FASTSOFTMAX_COVERAGE=1
+"$python" setup.py -q build_ext --inplace
 # Left out: what asks for numbers again and again, or for none of the core; the scalar kernels, which the
 # drivers run; and, since under line tracing the exception of a signal's handler may get lost, signals.
 chosen='not scalar and not signal_handler and not ctrl_c'
 without=(accuracy fuzz hypothesis attention_hypothesis reference reference_attention cli
     reference_gradients compat dask doctests ecosystem examples packaging typing)
-"$python" -m coverage run -m pytest -q -p no:cacheprovider -k "$chosen" \
+# The programs that tests compile leave their counts beside them, in --basetemp.
+"$python" -m coverage run -m pytest -q -p no:cacheprovider --basetemp=tmp -k "$chosen" \
     $(printf -- "--ignore=tests/test_%s.py " "${without[@]}") "$@" || failed=1
 drivers=(driver attention_driver gradient_driver)
 make --no-print-directory "${drivers[@]/#/build/coverage/}"

@@ -4,13 +4,11 @@ That many callers share the threads is tested in C (tests/c/driver.c, teams).
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,21 +153,11 @@ QUOTAS = {
 }  # fmt: skip
 
 
-SOURCES = Path(__file__).parents[1] / "src_c"
-
-
 @needs_linux
-@pytest.mark.skipif(
-    not (shutil.which("cc") and SOURCES.exists()), reason="needs a C compiler, and the sources"
-)
-def test_cgroup_quotas(tmp_path):
-    program = tmp_path / "quota"
-    quota = Path(__file__).parent / "c" / "quota.c"
-    subprocess.run(["cc", "-std=c11", "-pthread", "-I", SOURCES, quota, "-o", program], check=True)
+def test_cgroup_quotas(c_program):
+    program = c_program("quota")
     for name, (files, want) in QUOTAS.items():
-        arguments = [part for pair in files.items() for part in pair]
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == want, name
+        assert program(*[part for pair in files.items() for part in pair]) == [want], name
 
 
 @pytest.mark.skipif(not fs.show_config("dicts")["openmp"], reason="built without OpenMP")

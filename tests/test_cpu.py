@@ -1,0 +1,41 @@
+"""Which ISAs are said to be there: on made-up CPUs (tests/c/cpuid.c). One too many is an illegal
+instruction, which ends the process."""
+
+import platform
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="CPUID is of x86"
+)
+
+# Intel SDM vol. 2A, CPUID; vol. 1, 13.3, XCR0. What each level wants, and where it is told.
+AVX2 = {"OSXSAVE": (0, 27), "AVX": (0, 28), "FMA": (0, 12), "F16C": (0, 29), "AVX2": (1, 5),
+        "saves XMM": (2, 1), "saves YMM": (2, 2)}  # fmt: skip
+AVX512 = {"F": (1, 16), "DQ": (1, 17), "BW": (1, 30), "VL": (1, 31), "saves opmask": (2, 5),
+          "saves ZMM 0-15": (2, 6), "saves ZMM 16-31": (2, 7)}  # fmt: skip
+
+
+def words(bits):
+    return [f"{sum(1 << bit for word, bit in bits if word == w):x}" for w in range(3)]
+
+
+@pytest.fixture
+def isas_of(c_program):
+    program = c_program("cpuid")
+    return lambda features: program(*words(features.values()))
+
+
+def test_of_each_level(isas_of):
+    assert isas_of({}) == ["scalar"]
+    assert isas_of(AVX512) == ["scalar"]
+    assert isas_of(AVX2) == ["avx2", "scalar"]
+    assert isas_of(AVX2 | AVX512) == ["avx512", "avx2", "scalar"]
+
+
+def test_one_feature_is_lacking(isas_of):
+    """Also one that the CPU has, but whose registers the system does not save."""
+    for lacking in AVX2 | AVX512:
+        features = {name: bit for name, bit in (AVX2 | AVX512).items() if name != lacking}
+        want = ["scalar"] if lacking in AVX2 else ["avx2", "scalar"]
+        assert isas_of(features) == want, lacking
