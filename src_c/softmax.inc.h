@@ -329,10 +329,11 @@ FSM_INLINE void lane_sum_as(fsm_state *st, real *e, const real *x, ptrdiff_t n, 
             const real *from = x + i * lanes + g;
             real *to = e ? e + i * lanes + g : block;
             if (REGISTERS < 32 && normal) exp_steps(to, step, from, lanes, k, r, NULL);
-            else
+            else {
                 FSM_UNROLL(2)
                 for (ptrdiff_t j = 0; j < k; j++)
                     v_store(to + j * step, exp_vec(v_load(from + j * lanes), r, shift, normal));
+            }
             vsum s = vsum_zero();
             FSM_UNROLL(4)
             for (ptrdiff_t j = 0; j < k; j++) vsum_add(&s, v_load(to + j * step), 2, fine);
