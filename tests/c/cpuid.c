@@ -1,5 +1,5 @@
 /* Which ISAs a CPU and its system have: dispatch.c over made-up registers. Run by
- * tests/test_environment.py with the hexadecimal values of ECX of CPUID's leaf 1, EBX of leaf 7 and
+ * tests/test_cpu.py with the hexadecimal values of ECX of CPUID's leaf 1, EBX of leaf 7 and
  * XCR0. */
 #include <cpuid.h>
 #include <stdio.h>
