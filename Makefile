@@ -77,7 +77,9 @@ HAVE_avx512_emulated = -DFSM_EMULATED_AVX512
 HAVE_neon = -DFSM_HAVE_NEON
 DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fopenmp -Isrc_c
 
-FLAGS_sanitize = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+# ONE_IN=2: every second test only.
+ONE_IN = 1
+FLAGS_sanitize = -O1 -DONE_IN=$(ONE_IN) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 ISAS_sanitize = $(ISAS)
 
 # valgrind watches the ends of arrays itself, is slow, and has no AVX-512.
