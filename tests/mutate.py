@@ -189,14 +189,15 @@ class Tree:
     def fails(self, test, command):
         """How a test fails; None if it passes."""
         limit = self.limits.get(test, 600)
+        here = os.environ | {"PYTHONPATH": str(self.folder)}  # not the package that is installed
 
         def limited():
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
         with subprocess.Popen(
-            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            preexec_fn=limited, errors="replace",
+            command, cwd=self.folder, env=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, preexec_fn=limited, errors="replace",
         ) as process:  # fmt: skip
             begun = time.monotonic()
             for line in process.stdout:
