@@ -92,14 +92,7 @@ FSM_INLINE void few_normalisers(real *a, real *b, const vsum *s, int lanes, ptrd
 FSM_INLINE void few_exp(real *tile, const vec *max, int lanes, ptrdiff_t n, int shift, int normal) {
     for (int g = 0; g < lanes; g += VL) {
         const exp_vref r = exp_references(max[g / VL]);
-        if (REGISTERS < 32 && normal) exp_steps(tile + g, lanes, tile + g, lanes, n, r, NULL);
-        else {
-            FSM_UNROLL(2)
-            for (ptrdiff_t i = 0; i < n; i++) {
-                real *at = tile + i * lanes + g;
-                v_store(at, exp_vec(v_load(at), r, shift, normal));
-            }
-        }
+        exp_steps(tile + g, lanes, tile + g, lanes, n, r, shift, normal, NULL);
     }
 }
 

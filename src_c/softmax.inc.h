@@ -174,10 +174,17 @@ FSM_INLINE vec exp_step(real *to, const real *from, const real *next, vec power,
     return next_power;
 }
 
-/* exp of `count` vectors of a normal row (or of VL of them), `step` and `to_step` elements apart; to ==
- * from is fine. As many bytes from `ask` on, if it is not NULL, are asked for; the steps are then VL. */
+/* exp of `count` vectors of a row (or of VL of them), `step` and `to_step` elements apart; to == from
+ * is fine. As many bytes from `ask` on, if it is not NULL, are asked for; the row is then normal and
+ * the steps are VL. */
 FSM_INLINE void exp_steps(real *to, ptrdiff_t to_step, const real *from, ptrdiff_t step,
-                          ptrdiff_t count, exp_vref ref, const char *ask) {
+                          ptrdiff_t count, exp_vref ref, int shift, int normal, const char *ask) {
+    if (REGISTERS >= 32 || !normal) {
+        FSM_UNROLL(2)
+        for (ptrdiff_t i = 0; i < count; i++)
+            v_store(to + i * to_step, exp_vec(v_load(from + i * step), ref, shift, normal));
+        return;
+    }
     if (count < 1) return;
     vec power = exp_power(v_load(from), ref);
     ptrdiff_t i = 0;
@@ -212,7 +219,7 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         v_store(e + i - VL, exp_end(mid, normal));
     }
     if (REGISTERS < 32 && dtype == REAL_DTYPE && !shift && normal) {
-        exp_steps(e, VL, x, VL, n / VL, r, ask);
+        exp_steps(e, VL, x, VL, n / VL, r, 0, 1, ask);
         i = n / VL * VL;
     }
     FSM_UNROLL(2)
@@ -328,12 +335,7 @@ FSM_INLINE void lane_sum_as(fsm_state *st, real *e, const real *x, ptrdiff_t n, 
             k = n - i < FOLD_EVERY ? n - i : FOLD_EVERY;
             const real *from = x + i * lanes + g;
             real *to = e ? e + i * lanes + g : block;
-            if (REGISTERS < 32 && normal) exp_steps(to, step, from, lanes, k, r, NULL);
-            else {
-                FSM_UNROLL(2)
-                for (ptrdiff_t j = 0; j < k; j++)
-                    v_store(to + j * step, exp_vec(v_load(from + j * lanes), r, shift, normal));
-            }
+            exp_steps(to, step, from, lanes, k, r, shift, normal, NULL);
             vsum s = vsum_zero();
             FSM_UNROLL(4)
             for (ptrdiff_t j = 0; j < k; j++) vsum_add(&s, v_load(to + j * step), 2, fine);
