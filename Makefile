@@ -8,7 +8,7 @@ STUBS = fastsoftmax._core fastsoftmax.compat.scipy fastsoftmax.compat.torch
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 EXAMPLES = $(wildcard examples/*/*/*.c)
 
-.PHONY: help build test full fuzz mutate coverage lint format docs plots asm wheel sanitize tsan \
+.PHONY: help build test full fuzz mutate coverage lint format docs plots asm wheel sanitize half tsan \
 	valgrind emulate cross clean
 .DEFAULT_GOAL = help
 SHELL = /bin/bash
@@ -77,10 +77,10 @@ HAVE_avx512_emulated = -DFSM_EMULATED_AVX512
 HAVE_neon = -DFSM_HAVE_NEON
 DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fopenmp -Isrc_c
 
-# ONE_IN=2: every second test only.
-ONE_IN = 1
-FLAGS_sanitize = -O1 -DONE_IN=$(ONE_IN) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+FLAGS_sanitize = -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 ISAS_sanitize = $(ISAS)
+FLAGS_half = $(FLAGS_sanitize) -DONE_IN=2
+ISAS_half = $(ISAS)
 
 # valgrind watches the ends of arrays itself, is slow, and has no AVX-512.
 FLAGS_valgrind = -O2 -DGUARD=0 -DONE_IN=17
@@ -121,7 +121,7 @@ LOOP = f32_(exp_run|sum_run|map_and_span|middle_|few_|group_scores|group_values|
 FLAGS_asm = -O3
 ISAS_asm = $(ISA)
 
-TARGETS = mutate coverage sanitize tsan valgrind emulate cross plain asm
+TARGETS = mutate coverage sanitize half tsan valgrind emulate cross plain asm
 LIBRARY = dispatch parallel softmax attention attention_backward embed parts
 vpath %.c src_c tests/c
 
@@ -137,6 +137,8 @@ endef
 $(foreach target,$(TARGETS),$(eval $(call drivers_for,$(target))))
 
 sanitize: $(DRIVERS:%=build/sanitize/%)  ## run the C drivers under ASan and UBSan
+half: $(DRIVERS:%=build/half/%)  ## the same with every second test
+sanitize half:
 	for driver in $^; do $$driver; done
 
 tsan: build/tsan/threads_driver  ## run many callers at once under ThreadSanitizer (needs clang)
