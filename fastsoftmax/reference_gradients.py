@@ -60,9 +60,8 @@ def cross_entropy(
     losses = np.where(seen, losses, precise(0))
     if reduction == "none":
         return losses[()]
-    if reduction == "mean" and not w.sum() > 0:
-        return precise(np.nan)  # of nothing, whatever smoothing adds
-    return losses.sum() / (w.sum() if reduction == "mean" else 1)
+    total = w.sum() if reduction == "mean" else 1
+    return losses.sum() / total if total else precise(np.nan)  # whatever smoothing adds
 
 
 @_quiet

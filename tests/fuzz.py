@@ -130,7 +130,7 @@ def fuzz(calls, seed=0, isa=None, only=None, keep_going=False):
                 seen[case.name, run(case)] += 1
             except Exception as error:
                 again = f"python tests/fuzz.py --seed {seed} --only {number} --isa {fs.isa()}"
-                what = {k: v for k, v in (case.positional | case.keywords).items()}
+                what = case.positional | case.keywords
                 message = (
                     f"{again}\n{case.name}: {error or type(error).__name__}, garbage in "
                     f"{case.garbage}\n{what!r:.3000}"

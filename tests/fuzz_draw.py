@@ -14,7 +14,6 @@ class Draw:
 
     def __init__(self, seed, number):
         self.g = np.random.default_rng([seed, number])
-        self.arrays = []  # all that were laid out
 
     def one_of(self, *choices):
         return choices[self.g.integers(len(choices))]

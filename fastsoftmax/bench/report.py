@@ -66,13 +66,17 @@ def speed_tables(results):
     header = ["case", "time", "time / floor", *(n.replace("onnxruntime b", "b") for n in peers)]
     rows = []
     for result in results:
-        seconds = result["seconds"]
-        ours, floor = seconds[US], seconds.get(FLOOR, "-")
-        over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
-        rows.append([result["case"], duration(ours), over, *ratios(result, peers)])
+        ours = duration(result["seconds"][US])
+        rows.append([result["case"], ours, over_floor(result), *ratios(result, peers)])
         if peers:
             rows[-1].append(f"**{fastest(result)}**".replace("**-**", "-"))
     return [([*header, *(["fastest"] if peers else [])], rows)]
+
+
+def over_floor(result):
+    """Our time / that of the floor, as text."""
+    ours = result["seconds"][US]
+    return cell(result["seconds"].get(FLOOR, "-"), lambda t: f"{ours / t:.2f}")
 
 
 def ratios(result, peers):
@@ -102,11 +106,8 @@ def print_speed(results, file=None):
     )
     rows = []
     for result in results:
-        seconds = result["seconds"]
-        ours, floor = seconds[US], seconds.get(FLOOR, "-")
-        rate = f"{result['work'] / ours / 1e9:.3g} {result['unit']}"
-        over = cell(floor, lambda t, ours=ours: f"{ours / t:.2f}")
-        rows.append([result["case"], rate, over, *ratios(result, peers)])
+        rate = f"{result['work'] / result['seconds'][US] / 1e9:.3g} {result['unit']}"
+        rows.append([result["case"], rate, over_floor(result), *ratios(result, peers)])
         if peers:
             rows[-1].append(fastest(result))
     table(rows, ["", "rate", "floor", *peers, *(["fastest"] if peers else [])], file)
