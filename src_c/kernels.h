@@ -23,6 +23,7 @@ enum {
     FSM_BLOCK = 1024,     /* elements of a block of longer rows, which stays in the nearest cache */
     FSM_SHORT_ROW = 32,   /* rows up to this long are transposed, so that lanes are rows */
     FSM_MIDDLE_ROW = 128, /* and up to this long their reductions are; FOLD_EVERY at the most */
+    FSM_LAG_MOST = 2048,  /* elements of a row of which four are at work at a time (rows_long) */
     FSM_COLUMNS_AHEAD = 12, /* elements of a column between asking for one and reading it */
     FSM_ASK_MOST = 1 << 16, /* elements of a row that is asked for while another is done: as many
                              * results are to stay in the second-level cache beside it */
@@ -100,7 +101,8 @@ typedef struct {
     ptrdiff_t x_stride, out_stride, rows, n;
     fsm_dtype x_dtype, out_dtype;
     /* Where exp goes if out has another type, or is not to be read (nontemporal): n elements of the
-     * compute type. May be NULL but for the latter, and exp is computed twice. */
+     * compute type, 2 n up to FSM_LAG_MOST. May be NULL but for the latter, and exp is computed
+     * twice. */
     void *scratch;
     /* The results are to go past the caches; they have the compute type, and its alignment. */
     int nontemporal;

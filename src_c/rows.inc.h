@@ -16,6 +16,7 @@
 #define middle_maps_to FSM_NAME(middle_maps_to)
 #define middle_maps FSM_NAME(middle_maps)
 #define middle_fold FSM_NAME(middle_fold)
+#define row_exp FSM_NAME(row_exp)
 #define rows_long FSM_NAME(rows_long)
 #define rows_all FSM_NAME(rows_all)
 #define fuse_rows FSM_NAME(fuse_rows)
@@ -115,50 +116,73 @@ FSM_APART span map_and_span_nt(int log, real *out, const void *x, fsm_dtype next
 #undef CALL
 }
 
+/* Where the exp of a row goes; NULL: nowhere. Where rows lag two have theirs at a time. */
+FSM_INLINE real *row_exp(fsm_op op, const fsm_rows *w, ptrdiff_t row) {
+    if (op != FSM_SOFTMAX) return NULL;
+    if (w->out_dtype == REAL_DTYPE && !w->nontemporal)
+        return (real *)(w->out + row * w->out_stride);
+    return w->scratch ? (real *)w->scratch + (w->n <= FSM_LAG_MOST ? (row & 1) * w->n : 0) : NULL;
+}
+
 /* Long rows, one at a time: while the results of one are stored the next one comes from memory.
- * Returns how many rows have no finite maximum; softmax and log_softmax have filled them with NaN. */
+ *
+ * The end of each step is a chain of some 100 cycles, which reduces a vector to a number and makes
+ * constants of it. In rows that are not much longer it is hidden: the next step is then of another
+ * row, and only the one after goes on with what this one has found. Returns how many rows have no
+ * finite maximum; softmax and log_softmax have filled them with NaN. */
 static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
     const int log = op == FSM_LOG_SOFTMAX, fine = w->n > EXACT_COARSE;
     const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
     const ptrdiff_t n = w->n;
     const int nontemporal = w->nontemporal;
     const int dense = w->out_stride == n * (ptrdiff_t)sizeof(real);
+    const int lag = n <= FSM_LAG_MOST ? 3 : 1; /* rows between a maximum and the results */
     pending rest = {.count = 0};
     ptrdiff_t special = 0;
-    fsm_state st;
-    span next_span = row_span(x_dtype, w->x, n);
-    for (ptrdiff_t r = 0; r < w->rows; r++) {
-        const char *x = w->x + r * w->x_stride;
-        const char *next = r + 1 < w->rows ? x + w->x_stride : NULL;
-        char *out = w->out + r * w->out_stride;
-        real *e = op != FSM_SOFTMAX                         ? NULL
-                  : out_dtype == REAL_DTYPE && !nontemporal ? (real *)out
-                                                            : w->scratch;
-        begin_state(&st, 1, n);
-        LANE(st.max)[0] = next_span.max;
-        LANE(st.min)[0] = next_span.min;
-        reference_pass(&st);
-        special += st.special;
-        const exp_ref ref = row_ref(&st, 0);
-        row_sum(x_dtype, e, x, n, ref, &st.sum, 0, fine, st.normal,
-                x_dtype == REAL_DTYPE && n <= FSM_ASK_MOST ? next : NULL);
-        finish_pass(op, &st);
-        const map_ref map = {LANE(st.value[0])[0], LANE(st.value[1])[0]};
-        if (op == FSM_LOGSUMEXP) store_run(out, 0, out_dtype, LANE(st.value[0]), 1);
-        const void *from = e ? (const void *)e : x;
-        if (next && nontemporal)
-            next_span = map_and_span_nt(log, (real *)out, from, x_dtype, next, n, map, &rest,
-                                        dense && r + 2 < w->rows);
-        else if (next && (log || e))
-            next_span = map_and_span(log, out_dtype, out, from, x_dtype, next, n, map);
-        else {
-            if (e || log) row_map(out_dtype, out, x_dtype, from, n, log, map);
-            else if (op == FSM_SOFTMAX) exp_map(out_dtype, out, x_dtype, x, n, ref, st.normal, map);
-            if (next) next_span = row_span(x_dtype, next, n);
+    fsm_state state[4];
+    for (ptrdiff_t r = 0; r < w->rows + lag; r++) {
+        const char *next = r < w->rows ? w->x + r * w->x_stride : NULL;
+        const ptrdiff_t done = r - lag, begun = r - lag / 2;
+        span next_span = {0, 0};
+        if (done >= 0) {
+            const fsm_state *st = &state[done & 3];
+            const map_ref map = {LANE(st->value[0])[0], LANE(st->value[1])[0]};
+            const char *x = w->x + done * w->x_stride;
+            char *out = w->out + done * w->out_stride;
+            const real *e = row_exp(op, w, done);
+            const void *from = e ? (const void *)e : x;
+            if (op == FSM_LOGSUMEXP) store_run(out, 0, out_dtype, LANE(st->value[0]), 1);
+            if (next && nontemporal)
+                next_span = map_and_span_nt(log, (real *)out, from, x_dtype, next, n, map, &rest,
+                                            dense && r + 1 < w->rows);
+            else if (next && (log || e))
+                next_span = map_and_span(log, out_dtype, out, from, x_dtype, next, n, map);
+            else {
+                if (e || log) row_map(out_dtype, out, x_dtype, from, n, log, map);
+                else if (op == FSM_SOFTMAX)
+                    exp_map(out_dtype, out, x_dtype, x, n, row_ref(st, 0), st->normal, map);
+                if (next) next_span = row_span(x_dtype, next, n);
+            }
+            if (op != FSM_LOGSUMEXP && is_special(st, 0)) {
+                fill_row(out_dtype, out, n, NAN);
+                rest.count = 0;
+            }
+        } else if (next) next_span = row_span(x_dtype, next, n);
+        if (next) {
+            fsm_state *st = &state[r & 3];
+            begin_state(st, 1, n);
+            LANE(st->max)[0] = next_span.max;
+            LANE(st->min)[0] = next_span.min;
+            reference_pass(st);
+            special += st->special;
         }
-        if (op != FSM_LOGSUMEXP && is_special(&st, 0)) {
-            fill_row(out_dtype, out, n, NAN);
-            rest.count = 0;
+        if (begun >= 0 && begun < w->rows) {
+            fsm_state *st = &state[begun & 3];
+            const char *ask = r + 1 < w->rows ? w->x + (r + 1) * w->x_stride : NULL;
+            row_sum(x_dtype, row_exp(op, w, begun), w->x + begun * w->x_stride, n, row_ref(st, 0),
+                    &st->sum, 0, fine, st->normal,
+                    x_dtype == REAL_DTYPE && n <= FSM_ASK_MOST ? ask : NULL);
+            finish_pass(op, st);
         }
     }
     if (nontemporal) store_fence();

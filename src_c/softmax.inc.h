@@ -30,6 +30,10 @@
 #define row_map_to FSM_NAME(row_map_to)
 #define exp_map FSM_NAME(exp_map)
 #define lane_sum FSM_NAME(lane_sum)
+#define exp_ahead FSM_NAME(exp_ahead)
+#define exp_look FSM_NAME(exp_look)
+#define exp_sum FSM_NAME(exp_sum)
+#define exp_sum_as FSM_NAME(exp_sum_as)
 #define lane_sum_as FSM_NAME(lane_sum_as)
 #define lane_map FSM_NAME(lane_map)
 #define map_ref FSM_NAME(map_ref)
@@ -291,6 +295,66 @@ FSM_APART void sum_run(const real *e, ptrdiff_t n, fsm_exact_sum *sum, int lane,
     }
 }
 
+/* Both in one loop, of a normal row, where the registers hold the constants of both: the sum takes
+ * the places of the processor that exp leaves free. It follows BEHIND vectors after it, through
+ * memory, and the powers of two are computed AHEAD of it, because what waits for the end of a long
+ * chain takes the places in the scheduler from those that are ready (exp_step). e == x is fine. */
+#undef TOGETHER
+#define TOGETHER (REGISTERS >= 32)
+
+typedef struct {
+    vec x, n;
+} exp_ahead;
+
+FSM_INLINE exp_ahead exp_look(fsm_dtype dtype, const void *x, ptrdiff_t i, exp_vref ref) {
+    const vec a = load_as(dtype, x, i, VL, v_set1(0));
+    return (exp_ahead){a, exp_power(a, ref)};
+}
+
+FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+                           const char *ask) {
+    enum { AHEAD = 3, BEHIND = 12 };
+    const exp_vref r = exp_broadcast(ref);
+    const ptrdiff_t count = n / VL, size = (ptrdiff_t)sizeof(real);
+    vsum s = vsum_zero();
+    ptrdiff_t i = 0, done = 0;
+    if (count > AHEAD) {
+        exp_ahead a = exp_look(dtype, x, 0, r), b = exp_look(dtype, x, VL, r),
+                  c = exp_look(dtype, x, 2 * VL, r);
+        FSM_UNROLL(4)
+        for (; i < count - AHEAD; i++) {
+            const exp_ahead d = exp_look(dtype, x, (i + AHEAD) * VL, r);
+            if (ask) FSM_PREFETCH(ask + i * VL * size);
+            const vec again = dtype == REAL_DTYPE ? v_load((const real *)x + i * VL) : a.x;
+            v_store(e + i * VL, exp_end(exp_split(again, a.n, r), 1));
+            if (i >= BEHIND) vsum_add(&s, v_load(e + (i - BEHIND) * VL), 2, 0);
+            a = b, b = c, c = d;
+        }
+        done = i > BEHIND ? i - BEHIND : 0;
+    }
+    for (; i * VL < n; i++) {
+        const ptrdiff_t k = n - i * VL < VL ? n - i * VL : VL;
+        if (ask) FSM_PREFETCH(ask + i * VL * size);
+        store_as(REAL_DTYPE, e, i * VL, k,
+                 exp_vec(load_as(dtype, x, i * VL, k, v_set1(0)), r, 0, 1));
+    }
+    FSM_UNROLL(4)
+    for (; done < count; done++) vsum_add(&s, v_load(e + done * VL), 2, 0);
+    if (count * VL < n)
+        vsum_add(&s, load_as(REAL_DTYPE, e, count * VL, n - count * VL, v_set1(0)), 2, 0);
+    return s;
+}
+
+FSM_APART void exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+                       fsm_exact_sum *sum, int lane, const char *ask) {
+    vsum s = vsum_zero();
+#define CALL(DTYPE) s = exp_sum_as(DTYPE, e, x, n, ref, DTYPE == REAL_DTYPE ? ask : NULL)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+    for (int j = 0; j < 2; j++)
+        sum_fold(sum, lane, j, v_sum_int(vsum_int(&s, j, (n + VL - 1) / VL, 2)));
+}
+
 /* The sum of exp goes into that lane, exp to e, which may be NULL or x. `ask`, if it is not NULL, is
  * the next row, asked for in the meantime. */
 static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
@@ -302,6 +366,10 @@ static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_re
         real *to = e ? e + i : block;
         const char *from = (const char *)x + i * size;
         const char *next = ask ? ask + i * size : NULL;
+        if (TOGETHER && normal && !fine) {
+            exp_sum(dtype, to, from, k, ref, sum, lane, next);
+            continue;
+        }
         exp_run(dtype, to, from, k, ref, normal, next);
         sum_run(to, k, sum, lane, fine, ASK_IN_EXP ? NULL : next);
     }
