@@ -30,6 +30,12 @@ enum {
     FSM_ALIGN = 64
 };
 
+/* Rows between the one whose maximum is taken and the one whose results are written (rows_long). */
+static inline int row_lag(ptrdiff_t n) { return n <= FSM_LAG_MOST ? 3 : 1; }
+
+/* Rows whose exp lie in scratch at a time. */
+static inline int exps_kept(ptrdiff_t n) { return 1 + row_lag(n) / 2; }
+
 /* Bytes of an element of a floating type. */
 static inline ptrdiff_t float_size(fsm_dtype dtype) {
     return dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
@@ -100,9 +106,8 @@ typedef struct {
     char *out;
     ptrdiff_t x_stride, out_stride, rows, n;
     fsm_dtype x_dtype, out_dtype;
-    /* Where exp goes if out has another type, or is not to be read (nontemporal): n elements of the
-     * compute type, 2 n up to FSM_LAG_MOST. May be NULL but for the latter, and exp is computed
-     * twice. */
+    /* Where exp goes if out has another type, or is not to be read (nontemporal): exps_kept
+     * rows of the compute type. May be NULL but for the latter, and exp is computed twice. */
     void *scratch;
     /* The results are to go past the caches; they have the compute type, and its alignment. */
     int nontemporal;

@@ -116,12 +116,12 @@ FSM_APART span map_and_span_nt(int log, real *out, const void *x, fsm_dtype next
 #undef CALL
 }
 
-/* Where the exp of a row goes; NULL: nowhere. Where rows lag two have theirs at a time. */
+/* Where the exp of a row goes; NULL: nowhere. */
 FSM_INLINE real *row_exp(fsm_op op, const fsm_rows *w, ptrdiff_t row) {
     if (op != FSM_SOFTMAX) return NULL;
     if (w->out_dtype == REAL_DTYPE && !w->nontemporal)
         return (real *)(w->out + row * w->out_stride);
-    return w->scratch ? (real *)w->scratch + (w->n <= FSM_LAG_MOST ? (row & 1) * w->n : 0) : NULL;
+    return w->scratch ? (real *)w->scratch + row % exps_kept(w->n) * w->n : NULL;
 }
 
 /* Long rows, one at a time: while the results of one are stored the next one comes from memory.
@@ -136,7 +136,7 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
     const ptrdiff_t n = w->n;
     const int nontemporal = w->nontemporal;
     const int dense = w->out_stride == n * (ptrdiff_t)sizeof(real);
-    const int lag = n <= FSM_LAG_MOST ? 3 : 1; /* rows between a maximum and the results */
+    const int lag = row_lag(n);
     pending rest = {.count = 0};
     ptrdiff_t special = 0;
     fsm_state state[4];
