@@ -58,7 +58,7 @@ FSM_INLINE void columns_out_as(fsm_dtype dtype, const fsm_state *st, const real 
             store_as(dtype, c->out + i * c->out_step, g, c->rows - g < VL ? c->rows - g : VL, y);
         }
     for (int l = 0; l < c->rows && st->special; l++)
-        for (ptrdiff_t i = 0; i < c->n && is_special(st, l); i++)
+        for (ptrdiff_t i = 0; i < c->n && is_special(LANE(st->max)[l]); i++)
             store_as(dtype, c->out + i * c->out_step, l, 1, v_set1(NAN));
 }
 

@@ -34,7 +34,9 @@ enum {
 static inline int row_lag(ptrdiff_t n) { return n <= FSM_LAG_MOST ? 3 : 1; }
 
 /* Rows whose exp lie in scratch at a time. */
-static inline int exps_kept(ptrdiff_t n) { return 1 + row_lag(n) / 2; }
+static inline int exps_kept(ptrdiff_t n) {
+    return n <= FSM_ASK_MOST ? 2 + row_lag(n) / 2 : 1; /* one is written while one is taken */
+}
 
 /* Bytes of an element of a floating type. */
 static inline ptrdiff_t float_size(fsm_dtype dtype) {

@@ -8,6 +8,12 @@
 #define map_and_span_nt FSM_NAME(map_and_span_nt)
 #define map_and_span_nt_as FSM_NAME(map_and_span_nt_as)
 #define pending FSM_NAME(pending)
+#define flush FSM_NAME(flush)
+#define nt_begin FSM_NAME(nt_begin)
+#define map_of FSM_NAME(map_of)
+#define writes_in_sum FSM_NAME(writes_in_sum)
+#define ready_of FSM_NAME(ready_of)
+#define row_state FSM_NAME(row_state)
 #define rows_middle FSM_NAME(rows_middle)
 #define middle_spans FSM_NAME(middle_spans)
 #define middle_spans_as FSM_NAME(middle_spans_as)
@@ -71,47 +77,63 @@ FSM_APART span map_and_span(int log, fsm_dtype out_dtype, void *out, const void 
 #undef CALL
 }
 
-/* The beginning of a line of out, not stored yet. */
+/* The beginning of a line of out, at `at`, not stored yet: one that is written partly past the
+ * caches, partly not, costs more than it saves. So the line in which a row ends waits for the next
+ * row to complete it. */
 typedef struct {
-    real line[LINE];
+    real line[LINE], *at;
     ptrdiff_t count;
 } pending;
 
-/* The same past the caches, a whole line at a time: one that is written partly so, partly not, costs
- * more than it saves. The line in which a row ends is carried over to the next row, in `line`. */
+static void flush(pending *p) {
+    if (p->count) memcpy(p->at, p->line, (size_t)p->count * sizeof(real));
+    p->count = 0;
+}
+
+/* The beginning of a row, up to where a line begins; returns how many elements. */
+FSM_INLINE ptrdiff_t nt_begin(int log, real *out, fsm_dtype dtype, const void *x, map_vref map,
+                              pending *p) {
+    const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)out % FSM_ALIGN / sizeof(real));
+    const int completes = p->count + head == LINE && p->at + p->count == out;
+    if (!completes) flush(p);
+    for (ptrdiff_t i = 0; i < head; i += VL) {
+        const ptrdiff_t k = head - i < VL ? head - i : VL;
+        store_as(REAL_DTYPE, p->line + LINE - head, i, k,
+                 map_vec(log, load_as(dtype, x, i, k, v_set1(0)), map));
+    }
+    if (completes)
+        for (int j = 0; j < LINE; j += VL) v_store_nt(p->at + j, v_load(p->line + j));
+    else memcpy(out, p->line + LINE - head, (size_t)head * sizeof(real));
+    p->count = 0;
+    return head;
+}
+
+/* map_and_span past the caches, a whole line at a time. */
 FSM_INLINE span map_and_span_nt_as(int log, real *out, fsm_dtype dtype, const void *x,
                                    fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map,
-                                   pending *p, int carries) {
+                                   pending *p) {
     const map_vref mr = {v_set1(map.a), v_set1(map.b)};
-    const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)out % FSM_ALIGN / sizeof(real));
+    const ptrdiff_t head = nt_begin(log, out, dtype, x, mr, p);
     running_max m = max_begin();
     ptrdiff_t i = 0;
-    for (; i < head; i += VL) {
-        const ptrdiff_t k = head - i < VL ? head - i : VL;
-        max_add(&m, 0, load_as(next_dtype, next, i, VL, v_set1(0))); /* some twice: no harm */
-        store_as(REAL_DTYPE, p->line + LINE - head, i, k,
-                 map_vec(log, load_as(dtype, x, i, k, v_set1(0)), mr));
-    }
-    if (p->count + head == LINE)
-        for (int j = 0; j < LINE; j += VL) v_store_nt(out + head - LINE + j, v_load(p->line + j));
-    else memcpy(out, p->line + LINE - head, (size_t)head * sizeof(real));
+    for (; i < head; i += VL) /* some twice: no harm */
+        max_add(&m, 0, load_as(next_dtype, next, i, VL, v_set1(0)));
     for (i = head; i + LINE <= n; i += LINE) FSM_UNROLL(8)
     for (int j = 0; j < LINE; j += VL) {
         const vec a = load_as(dtype, x, i + j, VL, v_set1(0));
         max_add(&m, j / VL & 3, load_as(next_dtype, next, i + j, VL, v_set1(0)));
         v_store_nt(out + i + j, map_vec(log, a, mr));
     }
-    p->count = carries ? n - i : 0;
-    real *at = carries ? p->line : out + i;
-    return map_and_span_rest(log, REAL_DTYPE, at, dtype, x, next_dtype, next, i, n, mr, &m);
+    p->at = out + i;
+    p->count = n - i;
+    return map_and_span_rest(log, REAL_DTYPE, p->line, dtype, x, next_dtype, next, i, n, mr, &m);
 }
 
 FSM_APART span map_and_span_nt(int log, real *out, const void *x, fsm_dtype next_dtype,
-                               const void *next, ptrdiff_t n, map_ref map, pending *p,
-                               int carries) {
-#define CALL(DTYPE)                                                                        \
-    if (log) return map_and_span_nt_as(1, out, DTYPE, x, DTYPE, next, n, map, p, carries); \
-    return map_and_span_nt_as(0, out, REAL_DTYPE, x, DTYPE, next, n, map, p, carries)
+                               const void *next, ptrdiff_t n, map_ref map, pending *p) {
+#define CALL(DTYPE)                                                               \
+    if (log) return map_and_span_nt_as(1, out, DTYPE, x, DTYPE, next, n, map, p); \
+    return map_and_span_nt_as(0, out, REAL_DTYPE, x, DTYPE, next, n, map, p)
     SWITCH_DTYPE(next_dtype, CALL);
 #undef CALL
 }
@@ -124,6 +146,63 @@ FSM_INLINE real *row_exp(fsm_op op, const fsm_rows *w, ptrdiff_t row) {
     return w->scratch ? (real *)w->scratch + row % exps_kept(w->n) * w->n : NULL;
 }
 
+/* A row at work in rows_long. The numbers of an fsm_state are 512 bytes apart: those of four of them
+ * would share a few sets of the nearest cache. */
+typedef struct {
+    real max; /* not finite: special */
+    int normal;
+    exp_ref exp;
+    map_ref map;
+} row_state;
+
+/* The map of row `done` with the extrema of the row at `next`, or either alone if the other is not
+ * (NULL, no row). */
+static span map_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state *st,
+                   const char *next, pending *rest) {
+    const int log = op == FSM_LOG_SOFTMAX;
+    const ptrdiff_t n = w->n;
+    const map_ref map = st->map;
+    const char *x = w->x + done * w->x_stride;
+    char *out = w->out + done * w->out_stride;
+    const real *e = row_exp(op, w, done);
+    const void *from = e ? (const void *)e : x;
+    if (op == FSM_LOGSUMEXP) store_run(out, 0, w->out_dtype, &map.a, 1);
+    else if (next && w->nontemporal)
+        return map_and_span_nt(log, (real *)out, from, w->x_dtype, next, n, map, rest);
+    else if (next && (log || e))
+        return map_and_span(log, w->out_dtype, out, from, w->x_dtype, next, n, map);
+    else if (e || log) row_map(w->out_dtype, out, w->x_dtype, from, n, log, map);
+    else exp_map(w->out_dtype, out, w->x_dtype, x, n, st->exp, st->normal, map);
+    return next ? row_span(w->x_dtype, next, n) : (span){0, 0};
+}
+
+/* Whether the results of a row are written while the exp of another is taken: past the caches, where
+ * exp and its sum are one loop (TOGETHER) and both rows in the second-level cache. */
+FSM_INLINE int writes_in_sum(fsm_op op, const fsm_rows *w) {
+    return TOGETHER && w->nontemporal && op != FSM_LOGSUMEXP && w->x_dtype == REAL_DTYPE &&
+           w->n <= FSM_ASK_MOST && w->n <= EXACT_COARSE;
+}
+
+/* What row_sum is to write of row `done`: whole lines; the rest is dealt with here. */
+static ready ready_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state *st,
+                      pending *rest) {
+    const int log = op == FSM_LOG_SOFTMAX;
+    const real *e = row_exp(op, w, done);
+    ready to = {.out = (real *)(w->out + done * w->out_stride),
+                .from = e ? e : (const real *)(w->x + done * w->x_stride),
+                .n = w->n,
+                .map = st->map,
+                .log = log};
+    const map_vref map = {v_set1(to.map.a), v_set1(to.map.b)};
+    const ptrdiff_t head = nt_begin(log, to.out, REAL_DTYPE, to.from, map, rest);
+    to.out += head, to.from += head;
+    to.n = (w->n - head) / LINE * LINE;
+    rest->at = to.out + to.n;
+    rest->count = w->n - head - to.n;
+    row_map_as(REAL_DTYPE, rest->line, REAL_DTYPE, to.from + to.n, rest->count, log, to.map);
+    return to;
+}
+
 /* Long rows, one at a time: while the results of one are stored the next one comes from memory.
  *
  * The end of each step is a chain of some 100 cycles, which reduces a vector to a number and makes
@@ -131,61 +210,47 @@ FSM_INLINE real *row_exp(fsm_op op, const fsm_rows *w, ptrdiff_t row) {
  * row, and only the one after goes on with what this one has found. Returns how many rows have no
  * finite maximum; softmax and log_softmax have filled them with NaN. */
 static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
-    const int log = op == FSM_LOG_SOFTMAX, fine = w->n > EXACT_COARSE;
-    const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
+    const int fine = w->n > EXACT_COARSE, in_sum = writes_in_sum(op, w), lag = row_lag(w->n);
+    const fsm_dtype x_dtype = w->x_dtype;
     const ptrdiff_t n = w->n;
-    const int nontemporal = w->nontemporal;
-    const int dense = w->out_stride == n * (ptrdiff_t)sizeof(real);
-    const int lag = row_lag(n);
     pending rest = {.count = 0};
     ptrdiff_t special = 0;
-    fsm_state state[4];
+    row_state state[4];
+    fsm_exact_sum sum;
     for (ptrdiff_t r = 0; r < w->rows + lag; r++) {
         const char *next = r < w->rows ? w->x + r * w->x_stride : NULL;
         const ptrdiff_t done = r - lag, begun = r - lag / 2;
+        const row_state *end = &state[done & 3];
+        const int sums = begun >= 0 && begun < w->rows;
         span next_span = {0, 0};
-        if (done >= 0) {
-            const fsm_state *st = &state[done & 3];
-            const map_ref map = {LANE(st->value[0])[0], LANE(st->value[1])[0]};
-            const char *x = w->x + done * w->x_stride;
-            char *out = w->out + done * w->out_stride;
-            const real *e = row_exp(op, w, done);
-            const void *from = e ? (const void *)e : x;
-            if (op == FSM_LOGSUMEXP) store_run(out, 0, out_dtype, LANE(st->value[0]), 1);
-            if (next && nontemporal)
-                next_span = map_and_span_nt(log, (real *)out, from, x_dtype, next, n, map, &rest,
-                                            dense && r + 1 < w->rows);
-            else if (next && (log || e))
-                next_span = map_and_span(log, out_dtype, out, from, x_dtype, next, n, map);
-            else {
-                if (e || log) row_map(out_dtype, out, x_dtype, from, n, log, map);
-                else if (op == FSM_SOFTMAX)
-                    exp_map(out_dtype, out, x_dtype, x, n, row_ref(st, 0), st->normal, map);
-                if (next) next_span = row_span(x_dtype, next, n);
-            }
-            if (op != FSM_LOGSUMEXP && is_special(st, 0)) {
-                fill_row(out_dtype, out, n, NAN);
-                rest.count = 0;
-            }
-        } else if (next) next_span = row_span(x_dtype, next, n);
+        if (done >= 0 && !in_sum) next_span = map_of(op, w, done, end, next, &rest);
+        else if (next) next_span = row_span(x_dtype, next, n);
         if (next) {
-            fsm_state *st = &state[r & 3];
-            begin_state(st, 1, n);
-            LANE(st->max)[0] = next_span.max;
-            LANE(st->min)[0] = next_span.min;
-            reference_pass(st);
-            special += st->special;
+            row_state *st = &state[r & 3];
+            st->max = next_span.max;
+            st->exp = span_reference(next_span, &st->normal);
+            special += is_special(st->max);
         }
-        if (begun >= 0 && begun < w->rows) {
-            fsm_state *st = &state[begun & 3];
+        const int writes = in_sum && done >= 0, with = writes && sums && state[begun & 3].normal;
+        if (writes && !with) map_of(op, w, done, end, NULL, &rest);
+        if (sums) {
+            row_state *st = &state[begun & 3];
             const char *ask = r + 1 < w->rows ? w->x + (r + 1) * w->x_stride : NULL;
-            row_sum(x_dtype, row_exp(op, w, begun), w->x + begun * w->x_stride, n, row_ref(st, 0),
-                    &st->sum, 0, fine, st->normal,
-                    x_dtype == REAL_DTYPE && n <= FSM_ASK_MOST ? ask : NULL);
-            finish_pass(op, st);
+            ready to;
+            if (with) to = ready_of(op, w, done, end, &rest);
+            for (int j = 0; j < FSM_PARTS; j++) sum.parts[j][0] = 0;
+            row_sum(x_dtype, row_exp(op, w, begun), w->x + begun * w->x_stride, n, st->exp, &sum, 0,
+                    fine, st->normal, x_dtype == REAL_DTYPE && n <= FSM_ASK_MOST ? ask : NULL,
+                    with ? &to : NULL);
+            st->map = row_constants(op, st->max, &sum, 0);
+        }
+        if (done >= 0 && op != FSM_LOGSUMEXP && is_special(end->max)) {
+            flush(&rest); /* of this row or of the one before */
+            fill_row(w->out_dtype, w->out + done * w->out_stride, n, NAN);
         }
     }
-    if (nontemporal) store_fence();
+    flush(&rest);
+    if (w->nontemporal) store_fence();
     return special;
 }
 
@@ -315,7 +380,7 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
         for (int l = 0; l < rows; l++) from[l] = log ? (const void *)(x + l * w->x_stride) : e[l];
         middle_maps(log, out_dtype, out, w->out_stride, x_dtype, from, rows, n, &st);
         for (int l = 0; l < rows && st.special; l++)
-            if (is_special(&st, l)) fill_row(out_dtype, out + l * w->out_stride, n, NAN);
+            if (is_special(LANE(st.max)[l])) fill_row(out_dtype, out + l * w->out_stride, n, NAN);
     }
     return special;
 }

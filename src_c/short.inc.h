@@ -22,9 +22,7 @@ FSM_INLINE void finish_pass(fsm_op op, fsm_state *st) {
     else finish_logsumexp(st);
 }
 
-FSM_INLINE int is_special(const fsm_state *st, int l) {
-    return LANE(st->max)[l] - LANE(st->max)[l] != 0;
-}
+FSM_INLINE int is_special(real max) { return max - max != 0; }
 
 static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
     for (ptrdiff_t i = 0; i < n; i += VL)
@@ -224,7 +222,8 @@ static ptrdiff_t rows_short(fsm_op op, const fsm_rows *w) {
         map_log_softmax(&st, &t);
         transpose_out(out_dtype, tile, lanes, out, w->out_stride, rows, w->n);
         for (int l = 0; l < rows && st.special; l++)
-            if (is_special(&st, l)) fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
+            if (is_special(LANE(st.max)[l]))
+                fill_row(out_dtype, out + l * w->out_stride, w->n, NAN);
     }
     return special;
 }

@@ -141,7 +141,7 @@ static int fills_the_caches(const fsm_plan *p) {
     for (int d = 0; d < p->row_ndim; d++) bits |= p->row[d].stride[FSM_OUT];
     return p->pass->map && p->dtype[FSM_OUT] == p->compute && bits % p->real_size == 0 &&
            p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_MIDDLE_ROW &&
-           (double)p->rows * (double)p->n * size > CACHE_BYTES;
+           (double)p->rows * (double)p->n * size >= CACHE_BYTES;
 }
 
 static void choose_way(fsm_plan *p, const fsm_problem *problem) {

@@ -34,6 +34,9 @@
 #define exp_ahead FSM_NAME(exp_ahead)
 #define exp_look FSM_NAME(exp_look)
 #define exp_sum FSM_NAME(exp_sum)
+#define ready FSM_NAME(ready)
+#define write_as FSM_NAME(write_as)
+#define write_ready FSM_NAME(write_ready)
 #define exp_sum_as FSM_NAME(exp_sum_as)
 #define lane_sum_as FSM_NAME(lane_sum_as)
 #define lane_map FSM_NAME(lane_map)
@@ -44,6 +47,8 @@
 #define lane_fold FSM_NAME(lane_fold)
 #define lanes_of FSM_NAME(lanes_of)
 #define row_ref FSM_NAME(row_ref)
+#define span_reference FSM_NAME(span_reference)
+#define row_constants FSM_NAME(row_constants)
 #define set_ref FSM_NAME(set_ref)
 #define exp_references FSM_NAME(exp_references)
 #define reference_pass FSM_NAME(reference_pass)
@@ -154,6 +159,22 @@ static void lane_span(real *max, real *min, int lanes, const real *x, ptrdiff_t 
 FSM_INLINE exp_ref row_ref(const fsm_state *st, int l) {
     return (exp_ref){LANE(st->exp[0])[l], LANE(st->exp[1])[l], LANE(st->exp[2])[l],
                      LANE(st->exp[3])[l], LANE(st->exp[4])[l]};
+}
+
+/* ---- the map of an element ---- */
+
+/* softmax: y = e (a + b), a + b = 1/sum: one rounding more than ideal. log_softmax: y = (x - a) -
+ * b, a = max, b = log(sum exp(x - max)). */
+typedef struct {
+    real a, b;
+} map_ref;
+typedef struct {
+    vec a, b;
+} map_vref;
+
+FSM_INLINE vec map_vec(int log, vec x_or_e, map_vref r) {
+    if (log) return v_sub(v_sub(x_or_e, r.a), r.b);
+    return v_fma(x_or_e, r.a, v_mul(x_or_e, r.b));
 }
 
 /* ---- sum of exp ----
@@ -318,25 +339,61 @@ FSM_INLINE exp_ahead exp_look(fsm_dtype dtype, const void *x, ptrdiff_t i, exp_v
     return (exp_ahead){a, exp_power(a, ref)};
 }
 
+/* Results to be written past the caches in the meantime: n of them, which are whole lines, to `out`,
+ * from e or with log from logits. Not to be copied: a vector read from where single numbers have
+ * just been stored waits until all is. */
+typedef struct {
+    real *out;
+    const real *from;
+    ptrdiff_t n;
+    map_ref map;
+    int log;
+} ready;
+
+FSM_INLINE void write_as(int log, const ready *w, map_vref map, ptrdiff_t begin, ptrdiff_t end) {
+    FSM_UNROLL(8)
+    for (ptrdiff_t i = begin; i < end; i += VL)
+        v_store_nt(w->out + i, map_vec(log, v_load(w->from + i), map));
+}
+
+FSM_INLINE void write_ready(const ready *w, map_vref map, ptrdiff_t begin, ptrdiff_t end) {
+    if (w->log) write_as(1, w, map, begin, end);
+    else write_as(0, w, map, begin, end);
+}
+
+/* Of `w`, if it is not NULL, as many as x has are written, from `at` on, GROUP vectors at a time:
+ * alternating with stores of e they are slower (12.4 cycles a vector of a row in cache) than all at
+ * once at the end (11.2); in groups (9.7) the memory takes them while exp goes on. */
 FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
-                           const char *ask) {
-    enum { AHEAD = 3, BEHIND = 12 };
+                           const char *ask, const ready *w, ptrdiff_t at) {
+    enum { AHEAD = 3, BEHIND = 12, GROUP = 8 };
     const exp_vref r = exp_broadcast(ref);
+    const map_vref map = {v_set1(w ? w->map.a : 0), v_set1(w ? w->map.b : 0)};
     const ptrdiff_t count = n / VL, size = (ptrdiff_t)sizeof(real);
+    const ptrdiff_t last = !w ? at : w->n - at < n ? w->n : at + n;
     vsum s = vsum_zero();
     ptrdiff_t i = 0, done = 0;
     if (count > AHEAD) {
         exp_ahead a = exp_look(dtype, x, 0, r), b = exp_look(dtype, x, VL, r),
                   c = exp_look(dtype, x, 2 * VL, r);
-        FSM_UNROLL(4)
-        for (; i < count - AHEAD; i++) {
-            const exp_ahead d = exp_look(dtype, x, (i + AHEAD) * VL, r);
-            if (ask) FSM_PREFETCH(ask + i * VL * size);
-            const vec again = dtype == REAL_DTYPE ? v_load((const real *)x + i * VL) : a.x;
-            v_store(e + i * VL, exp_end(exp_split(again, a.n, r), 1));
-            if (i >= BEHIND) vsum_add(&s, v_load(e + (i - BEHIND) * VL), 2, 0);
-            a = b, b = c, c = d;
+/* A macro, for in a structure (of a function of its own) they would not stay in registers. */
+#define STEP()                                                                          \
+    do {                                                                                \
+        const exp_ahead d = exp_look(dtype, x, (i + AHEAD) * VL, r);                    \
+        if (w || ask) FSM_PREFETCH(ask + i * VL * size);                                \
+        const vec again = dtype == REAL_DTYPE ? v_load((const real *)x + i * VL) : a.x; \
+        v_store(e + i * VL, exp_end(exp_split(again, a.n, r), 1));                      \
+        if (i >= BEHIND) vsum_add(&s, v_load(e + (i - BEHIND) * VL), 2, 0);             \
+        a = b, b = c, c = d;                                                            \
+    } while (0)
+        for (; w && i + GROUP <= count - AHEAD && at + GROUP * VL <= last; at += GROUP * VL) {
+            FSM_UNROLL(GROUP)
+            for (const ptrdiff_t end = i + GROUP; i < end; i++) STEP();
+            write_ready(w, map, at, at + GROUP * VL);
         }
+        FSM_UNROLL(4)
+        for (; i < count - AHEAD; i++) STEP();
+#undef STEP
         done = i > BEHIND ? i - BEHIND : 0;
     }
     for (; i * VL < n; i++) {
@@ -347,22 +404,29 @@ FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
     }
     const vsum rest = run_sum(e + done * VL, n - done * VL, 0, NULL);
     for (int j = 0; j < 2; j++) s.part[j] = v_add_int(s.part[j], rest.part[j]);
+    if (w) write_ready(w, map, at, last);
     return s;
 }
 
 FSM_APART void exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
-                       fsm_exact_sum *sum, int lane, const char *ask) {
-    vsum s = vsum_zero();
-#define CALL(DTYPE) s = exp_sum_as(DTYPE, e, x, n, ref, DTYPE == REAL_DTYPE ? ask : NULL)
-    SWITCH_DTYPE(dtype, CALL);
+                       fsm_exact_sum *sum, int lane, const char *ask, const ready *w,
+                       ptrdiff_t at) {
+    vsum s;
+    if (w && dtype == REAL_DTYPE) s = exp_sum_as(REAL_DTYPE, e, x, n, ref, ask ? ask : x, w, at);
+    else {
+#define CALL(DTYPE) s = exp_sum_as(DTYPE, e, x, n, ref, DTYPE == REAL_DTYPE ? ask : NULL, NULL, 0)
+        SWITCH_DTYPE(dtype, CALL);
 #undef CALL
+    }
     run_fold(sum, lane, &s, n, 0);
 }
 
 /* The sum of exp goes into that lane, exp to e, which may be NULL or x. `ask`, if it is not NULL, is
- * the next row, asked for in the meantime. */
+ * the next row, asked for in the meantime; `w`, if it is not NULL, is written: of a
+ * normal row and with TOGETHER only. */
 static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
-                    fsm_exact_sum *sum, int lane, int fine, int normal, const char *ask) {
+                    fsm_exact_sum *sum, int lane, int fine, int normal, const char *ask,
+                    const ready *w) {
     real block[FSM_BLOCK];
     const ptrdiff_t size = float_size(dtype);
     for (ptrdiff_t i = 0; i < n; i += FSM_BLOCK) {
@@ -371,7 +435,7 @@ static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_re
         const char *from = (const char *)x + i * size;
         const char *next = ask ? ask + i * size : NULL;
         if (TOGETHER && normal && !fine) {
-            exp_sum(dtype, to, from, k, ref, sum, lane, next);
+            exp_sum(dtype, to, from, k, ref, sum, lane, next, w, i);
             continue;
         }
         exp_run(dtype, to, from, k, ref, normal, next);
@@ -423,20 +487,6 @@ FSM_APART void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int 
 }
 
 /* ---- map ---- */
-
-/* softmax: y = e (a + b), a + b = 1/sum: one rounding more than ideal. log_softmax: y = (x - a) -
- * b, a = max, b = log(sum exp(x - max)). */
-typedef struct {
-    real a, b;
-} map_ref;
-typedef struct {
-    vec a, b;
-} map_vref;
-
-FSM_INLINE vec map_vec(int log, vec x_or_e, map_vref r) {
-    if (log) return v_sub(v_sub(x_or_e, r.a), r.b);
-    return v_fma(x_or_e, r.a, v_mul(x_or_e, r.b));
-}
 
 /* 1/sum, to about twice the precision of real. */
 FSM_INLINE map_ref normaliser(const fsm_exact_sum *sum, int lane) {
@@ -557,15 +607,19 @@ FSM_INLINE exp_vref exp_references(vec m) {
     return (exp_vref){c, v_sub(d, v_set1(EXP_RANGE)), ml, q, v_fms(q, v_set1(LN2_HI), d)};
 }
 
-/* Lanes without a finite maximum get constants that do no harm; what map writes there is replaced
- * afterwards. */
+/* Of one row; *normal as in fsm_state. A row without a finite maximum gets constants that do no
+ * harm; what map writes there is replaced afterwards. */
+FSM_INLINE exp_ref span_reference(span s, int *normal) {
+    const exp_ref r = exp_reference(s.max - s.max == 0 ? s.max : 0, EXP_RANGE);
+    *normal = r.c == 0 && s.max - s.min < EXP_NORMAL;
+    return r;
+}
+
 static void reference_pass(fsm_state *st) {
     if (st->lanes == 1) {
-        const real m = LANE(st->max)[0];
-        const exp_ref r = exp_reference(m - m == 0 ? m : 0, EXP_RANGE);
-        set_ref(st, 0, r);
-        st->special = m - m != 0;
-        st->normal = r.c == 0 && m - LANE(st->min)[0] < EXP_NORMAL;
+        const span s = {LANE(st->max)[0], LANE(st->min)[0]};
+        set_ref(st, 0, span_reference(s, &st->normal));
+        st->special = s.max - s.max != 0;
         return;
     }
     const vec zero = v_set1(0), one = v_set1(1);
@@ -591,7 +645,8 @@ static void reference_pass(fsm_state *st) {
 static void sum_pass(fsm_state *st, const fsm_tile *t) {
     const int fine = st->n > EXACT_COARSE;
     if (st->lanes == 1)
-        row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine, st->normal, NULL);
+        row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine, st->normal, NULL,
+                NULL);
     else lane_sum(st, t->e, t->x, t->n, fine);
 }
 
@@ -624,21 +679,26 @@ static void finish_softmax(fsm_state *st) {
     }
 }
 
-/* value[0] = max, value[1] = log(sum exp(x - max)). */
+/* What finish leaves in value[0] and value[1] of one row: softmax: of the normaliser. log_softmax:
+ * max and log(sum exp(x - max)). logsumexp: their sum; a maximum that is not finite is the result. */
+FSM_INLINE map_ref row_constants(fsm_op op, real max, fsm_exact_sum *sum, int lane) {
+    if (op == FSM_SOFTMAX) return normaliser(sum, lane);
+    const double log = log1p_ratio(sum_less_one(sum, lane));
+    if (op == FSM_LOG_SOFTMAX) return (map_ref){max, (real)log};
+    return (map_ref){max - max == 0 ? (real)((double)max + log) : max, 0};
+}
+
 static void finish_log_softmax(fsm_state *st) {
     for (int l = 0; l < st->lanes; l++) {
-        LANE(st->value[0])[l] = LANE(st->max)[l];
-        LANE(st->value[1])[l] = (real)log1p_ratio(sum_less_one(&st->sum, l));
+        const map_ref r = row_constants(FSM_LOG_SOFTMAX, LANE(st->max)[l], &st->sum, l);
+        LANE(st->value[0])[l] = r.a;
+        LANE(st->value[1])[l] = r.b;
     }
 }
 
-/* value[0] = max + log(sum exp(x - max)); a maximum that is not finite is the result. */
 static void finish_logsumexp(fsm_state *st) {
-    for (int l = 0; l < st->lanes; l++) {
-        const real m = LANE(st->max)[l];
-        const double lse = (double)m + log1p_ratio(sum_less_one(&st->sum, l));
-        LANE(st->value[0])[l] = m - m == 0 ? (real)lse : m;
-    }
+    for (int l = 0; l < st->lanes; l++)
+        LANE(st->value[0])[l] = row_constants(FSM_LOGSUMEXP, LANE(st->max)[l], &st->sum, l).a;
 }
 
 static void map_softmax(const fsm_state *st, const fsm_tile *t) {
