@@ -3,7 +3,6 @@
 
 #define map_and_span_rest FSM_NAME(map_and_span_rest)
 #define map_and_span_as FSM_NAME(map_and_span_as)
-#define map_and_span_to FSM_NAME(map_and_span_to)
 #define map_and_span FSM_NAME(map_and_span)
 #define map_and_span_nt FSM_NAME(map_and_span_nt)
 #define map_and_span_nt_as FSM_NAME(map_and_span_nt_as)
@@ -60,21 +59,19 @@ FSM_INLINE span map_and_span_as(int log, fsm_dtype out_dtype, void *out, fsm_dty
     return map_and_span_rest(log, out_dtype, at, dtype, x, next_dtype, next, i, n, mr, &m);
 }
 
-FSM_INLINE span map_and_span_to(int log, fsm_dtype out_dtype, void *out, const void *x,
-                                fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
-#define CALL(DTYPE)                                                                    \
-    if (log) return map_and_span_as(1, out_dtype, out, DTYPE, x, DTYPE, next, n, map); \
-    return map_and_span_as(0, out_dtype, out, REAL_DTYPE, x, DTYPE, next, n, map)
-    SWITCH_DTYPE(next_dtype, CALL);
-#undef CALL
-}
-
-/* x is e, or with log a logit and of the next row's dtype. */
+/* x is e, or with log a logit and of the next row's dtype; out has that dtype too, or the compute
+ * type: for other pairs of types a loop of their own is not worth its size. */
 FSM_APART span map_and_span(int log, fsm_dtype out_dtype, void *out, const void *x,
                             fsm_dtype next_dtype, const void *next, ptrdiff_t n, map_ref map) {
-#define CALL(DTYPE) return map_and_span_to(log, DTYPE, out, x, next_dtype, next, n, map)
-    SWITCH_DTYPE(out_dtype, CALL);
+#define LOOP(OUT_DTYPE, DTYPE)                                                         \
+    if (log) return map_and_span_as(1, OUT_DTYPE, out, DTYPE, x, DTYPE, next, n, map); \
+    return map_and_span_as(0, OUT_DTYPE, out, REAL_DTYPE, x, DTYPE, next, n, map)
+#define CALL(DTYPE)                                                        \
+    if (DTYPE != REAL_DTYPE && out_dtype == DTYPE) { LOOP(DTYPE, DTYPE); } \
+    LOOP(REAL_DTYPE, DTYPE)
+    SWITCH_DTYPE(next_dtype, CALL);
 #undef CALL
+#undef LOOP
 }
 
 /* The beginning of a line of out, at `at`, not stored yet: one that is written partly past the
@@ -169,7 +166,7 @@ static span map_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state
     if (op == FSM_LOGSUMEXP) store_run(out, 0, w->out_dtype, &map.a, 1);
     else if (next && w->nontemporal)
         return map_and_span_nt(log, (real *)out, from, w->x_dtype, next, n, map, rest);
-    else if (next && (log || e))
+    else if (next && (log || e) && (w->out_dtype == w->x_dtype || w->out_dtype == REAL_DTYPE))
         return map_and_span(log, w->out_dtype, out, from, w->x_dtype, next, n, map);
     else if (e || log) row_map(w->out_dtype, out, w->x_dtype, from, n, log, map);
     else exp_map(w->out_dtype, out, w->x_dtype, x, n, st->exp, st->normal, map);
