@@ -33,9 +33,10 @@ enum {
 /* Rows between the one whose maximum is taken and the one whose results are written (rows_long). */
 static inline int row_lag(ptrdiff_t n) { return n <= FSM_LAG_MOST ? 3 : 1; }
 
-/* Rows whose exp lie in scratch at a time. */
-static inline int exps_kept(ptrdiff_t n) {
-    return n <= FSM_ASK_MOST ? 2 + row_lag(n) / 2 : 1; /* one is written while one is taken */
+/* Rows whose exp lie in scratch at a time; past the caches one more, which is written from while
+ * another is made (writes_in_sum). */
+static inline int exps_kept(ptrdiff_t n, int nontemporal) {
+    return 1 + row_lag(n) / 2 + (nontemporal && n <= FSM_ASK_MOST);
 }
 
 /* Bytes of an element of a floating type. */

@@ -140,7 +140,7 @@ FSM_INLINE real *row_exp(fsm_op op, const fsm_rows *w, ptrdiff_t row) {
     if (op != FSM_SOFTMAX) return NULL;
     if (w->out_dtype == REAL_DTYPE && !w->nontemporal)
         return (real *)(w->out + row * w->out_stride);
-    return w->scratch ? (real *)w->scratch + row % exps_kept(w->n) * w->n : NULL;
+    return w->scratch ? (real *)w->scratch + row % exps_kept(w->n, w->nontemporal) * w->n : NULL;
 }
 
 /* A row at work in rows_long. The numbers of an fsm_state are 512 bytes apart: those of four of them

@@ -8,7 +8,6 @@
 #define transpose_out FSM_NAME(transpose_out)
 #define finish_pass FSM_NAME(finish_pass)
 #define fill_row FSM_NAME(fill_row)
-#define is_special FSM_NAME(is_special)
 #define few_normalisers FSM_NAME(few_normalisers)
 #define few_span FSM_NAME(few_span)
 #define few_exp FSM_NAME(few_exp)
@@ -21,8 +20,6 @@ FSM_INLINE void finish_pass(fsm_op op, fsm_state *st) {
     else if (op == FSM_LOG_SOFTMAX) finish_log_softmax(st);
     else finish_logsumexp(st);
 }
-
-FSM_INLINE int is_special(real max) { return max - max != 0; }
 
 static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
     for (ptrdiff_t i = 0; i < n; i += VL)

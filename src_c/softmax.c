@@ -191,8 +191,9 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->nontemporal = 0;
     if (p->direct && !p->wide && !p->labels) {
         p->nontemporal = fills_the_caches(p);
-        p->scratch_elements =
-            p->dtype[FSM_OUT] == p->compute && !p->nontemporal ? 0 : exps_kept(p->n) * p->n;
+        p->scratch_elements = p->dtype[FSM_OUT] == p->compute && !p->nontemporal
+                                  ? 0
+                                  : exps_kept(p->n, p->nontemporal) * p->n;
     }
     p->columns = plain && p->op <= FSM_LOGSUMEXP && p->lanes > 1 && p->resident &&
                  p->axis_ndim <= 1 && is_native(p, p->dtype[FSM_X]) &&

@@ -49,6 +49,7 @@
 #define row_ref FSM_NAME(row_ref)
 #define span_reference FSM_NAME(span_reference)
 #define row_constants FSM_NAME(row_constants)
+#define is_special FSM_NAME(is_special)
 #define set_ref FSM_NAME(set_ref)
 #define exp_references FSM_NAME(exp_references)
 #define reference_pass FSM_NAME(reference_pass)
@@ -67,6 +68,9 @@
 typedef struct {
     real max, min;
 } span;
+
+/* Whether a row has no finite maximum. */
+FSM_INLINE int is_special(real max) { return max - max != 0; }
 
 /* A running sum carries NaN past v_max; done by the multipliers, which are idle here, it
  * costs no time. It is
@@ -179,10 +183,9 @@ FSM_INLINE vec map_vec(int log, vec x_or_e, map_vref r) {
 
 /* ---- sum of exp ----
  *
- * In two loops, exp and sum, over a block in the nearest cache (in one where registers abound, see
- * exp_sum): together they would need more
+ * In two loops, exp and sum, over a block in the nearest cache: together they would need more
  * constants than there are registers, and reading these again for each vector is what such a loop is
- * then bound by (AVX2: 3.2 ns for 8 elements, apart 2.6).
+ * then bound by (AVX2: 3.2 ns for 8 elements, apart 2.6). In one where registers abound (exp_sum).
  *
  * Meanwhile the next row can be asked for, into the second-level cache: exp leaves the memory idle,
  * and so does the sum. */
@@ -363,7 +366,8 @@ FSM_INLINE void write_ready(const ready *w, map_vref map, ptrdiff_t begin, ptrdi
 
 /* Of `w`, if it is not NULL, as many as x has are written, from `at` on, GROUP vectors at a time:
  * alternating with stores of e they are slower (12.4 cycles a vector of a row in cache) than all at
- * once at the end (11.2); in groups (9.7) the memory takes them while exp goes on. */
+ * once at the end (11.2); in groups (9.7) the memory takes them while exp goes on. `ask` is
+ * then not NULL: to look would be a second copy of the loop. */
 FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                            const char *ask, const ready *w, ptrdiff_t at) {
     enum { AHEAD = 3, BEHIND = 12, GROUP = 8 };
@@ -422,8 +426,8 @@ FSM_APART void exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp
 }
 
 /* The sum of exp goes into that lane, exp to e, which may be NULL or x. `ask`, if it is not NULL, is
- * the next row, asked for in the meantime; `w`, if it is not NULL, is written: of a
- * normal row and with TOGETHER only. */
+ * the next row, asked for in the meantime; `w`, if it is not NULL, is written: of a normal row and
+ * with TOGETHER only. */
 static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                     fsm_exact_sum *sum, int lane, int fine, int normal, const char *ask,
                     const ready *w) {
@@ -610,7 +614,7 @@ FSM_INLINE exp_vref exp_references(vec m) {
 /* Of one row; *normal as in fsm_state. A row without a finite maximum gets constants that do no
  * harm; what map writes there is replaced afterwards. */
 FSM_INLINE exp_ref span_reference(span s, int *normal) {
-    const exp_ref r = exp_reference(s.max - s.max == 0 ? s.max : 0, EXP_RANGE);
+    const exp_ref r = exp_reference(is_special(s.max) ? 0 : s.max, EXP_RANGE);
     *normal = r.c == 0 && s.max - s.min < EXP_NORMAL;
     return r;
 }
@@ -619,7 +623,7 @@ static void reference_pass(fsm_state *st) {
     if (st->lanes == 1) {
         const span s = {LANE(st->max)[0], LANE(st->min)[0]};
         set_ref(st, 0, span_reference(s, &st->normal));
-        st->special = s.max - s.max != 0;
+        st->special = is_special(s.max);
         return;
     }
     const vec zero = v_set1(0), one = v_set1(1);
@@ -685,7 +689,7 @@ FSM_INLINE map_ref row_constants(fsm_op op, real max, fsm_exact_sum *sum, int la
     if (op == FSM_SOFTMAX) return normaliser(sum, lane);
     const double log = log1p_ratio(sum_less_one(sum, lane));
     if (op == FSM_LOG_SOFTMAX) return (map_ref){max, (real)log};
-    return (map_ref){max - max == 0 ? (real)((double)max + log) : max, 0};
+    return (map_ref){is_special(max) ? max : (real)((double)max + log), 0};
 }
 
 static void finish_log_softmax(fsm_state *st) {

@@ -709,7 +709,7 @@ static void past_the_caches(fsm_op op) {
         array x = new_array(&t, FSM_X);
         for (ptrdiff_t i = 0; i < MOST * STEPS * n; i++)
             encode(t.compute, value(&t, FSM_X, i / n, i % n), element(&t, &x, i / n, i % n));
-        char *e = allocate(exps_kept(n) * n * size), *near = allocate(bytes),
+        char *e = allocate(exps_kept(n, 1) * n * size), *near = allocate(bytes),
              *past = allocate(bytes);
         for (int way = 0; way < OFFSETS * 2 * COUNT(ways); way++) {
             const ptrdiff_t gap = way & 1 ? 3 : 0, at = (way >> 1) % OFFSETS * size;
