@@ -20,10 +20,9 @@
 enum {
     FSM_LANES = 64,        /* rows side by side at the most */
     FSM_LANE_QUANTUM = 16, /* the widest vector of any ISA, in float32 */
-    FSM_BLOCK = 1024,     /* elements of a block of longer rows, which stays in the nearest cache */
-    FSM_SHORT_ROW = 32,   /* rows up to this long are transposed, so that lanes are rows */
-    FSM_MIDDLE_ROW = 128, /* and up to this long their reductions are; FOLD_EVERY at the most */
-    FSM_LAG_MOST = 2048,  /* elements of a row of which four are at work at a time (rows_long) */
+    FSM_BLOCK = 1024,    /* elements of a block of longer rows, which stays in the nearest cache */
+    FSM_SHORT_ROW = 32,  /* rows up to this long are transposed, so that lanes are rows */
+    FSM_LAG_MOST = 2048, /* elements of a row of which four are at work at a time (rows_long) */
     FSM_COLUMNS_AHEAD = 12, /* elements of a column between asking for one and reading it */
     FSM_ASK_MOST = 1 << 16, /* elements of a row that is asked for while another is done: as many
                              * results are to stay in the second-level cache beside it */

@@ -20,6 +20,7 @@
 #define middle_maps_as FSM_NAME(middle_maps_as)
 #define middle_maps_to FSM_NAME(middle_maps_to)
 #define middle_maps FSM_NAME(middle_maps)
+#define write_lines FSM_NAME(write_lines)
 #define middle_fold FSM_NAME(middle_fold)
 #define row_exp FSM_NAME(row_exp)
 #define rows_long FSM_NAME(rows_long)
@@ -150,6 +151,7 @@ typedef struct {
     int normal;
     exp_ref exp;
     map_ref map;
+    vsum sum;
 } row_state;
 
 /* The map of row `done` with the extrema of the row at `next`, or either alone if the other is not
@@ -208,6 +210,7 @@ static ready ready_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_st
  * finite maximum; softmax and log_softmax have filled them with NaN. */
 static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
     const int fine = w->n > EXACT_COARSE, in_sum = writes_in_sum(op, w), lag = row_lag(w->n);
+    const int once = lag == 3 && w->n <= FOLD_EVERY * VL;
     const fsm_dtype x_dtype = w->x_dtype;
     const ptrdiff_t n = w->n;
     pending rest = {.count = 0};
@@ -230,15 +233,24 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
         }
         const int writes = in_sum && done >= 0, with = writes && sums && state[begun & 3].normal;
         if (writes && !with) map_of(op, w, done, end, NULL, &rest);
+        for (int j = 0; j < FSM_PARTS; j++) sum.parts[j][0] = 0;
         if (sums) {
             row_state *st = &state[begun & 3];
-            const char *ask = r + 1 < w->rows ? w->x + (r + 1) * w->x_stride : NULL;
+            const char *x = w->x + begun * w->x_stride, *ask = w->x + (r + 1) * w->x_stride;
+            real *e = row_exp(op, w, begun);
             ready to;
             if (with) to = ready_of(op, w, done, end, &rest);
-            for (int j = 0; j < FSM_PARTS; j++) sum.parts[j][0] = 0;
-            row_sum(x_dtype, row_exp(op, w, begun), w->x + begun * w->x_stride, n, st->exp, &sum, 0,
-                    fine, st->normal, x_dtype == REAL_DTYPE && n <= FSM_ASK_MOST ? ask : NULL,
-                    with ? &to : NULL);
+            if (r + 1 >= w->rows || x_dtype != REAL_DTYPE || n > FSM_ASK_MOST) ask = NULL;
+            if (once)
+                st->sum = row_vsum(x_dtype, e, x, n, st->exp, st->normal, ask, with ? &to : NULL);
+            else
+                row_sum(x_dtype, e, x, n, st->exp, &sum, 0, fine, st->normal, ask,
+                        with ? &to : NULL);
+        }
+        const ptrdiff_t summed = once ? begun - 1 : begun; /* a step later it is not waited for */
+        if (summed >= 0 && summed < w->rows) {
+            row_state *st = &state[summed & 3];
+            if (once) run_fold(&sum, 0, &st->sum, n, 0);
             st->map = row_constants(op, st->max, &sum, 0);
         }
         if (done >= 0 && op != FSM_LOGSUMEXP && is_special(end->max)) {
@@ -250,6 +262,13 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
     if (w->nontemporal) store_fence();
     return special;
 }
+
+/* ---- rows whose reductions would cost as much as they do ---- */
+
+/* Up to this long they are; FOLD_EVERY at the most. With vectors of one element none are: it is the
+ * length at which the blocks of rows_middle stop to be of use. */
+#undef MIDDLE_ROW
+#define MIDDLE_ROW (VL >= 4 ? 32 * VL : 128)
 
 /* The maximum of each of `rows` rows, and for all of them the smallest element. The reductions of VL
  * rows are one transposition. */
@@ -339,27 +358,41 @@ FSM_APART void middle_maps(int log, fsm_dtype out_dtype, char *out, ptrdiff_t ou
 #undef CALL
 }
 
+/* n results past the caches, to `at`, as far as they are whole lines (and the beginning of one, in
+ * which `at` may lie); the rest goes to the front. Returns how many those are. */
+static ptrdiff_t write_lines(real *at, real *from, ptrdiff_t n) {
+    ptrdiff_t i = (ptrdiff_t)(-(uintptr_t)at % FSM_ALIGN / sizeof(real));
+    memcpy(at, from, (size_t)i * sizeof(real));
+    for (; i + LINE <= n; i += LINE)
+        for (int j = 0; j < LINE; j += VL) v_store_nt(at + i + j, v_load(from + i + j));
+    memmove(from, from + i, (size_t)(n - i) * sizeof(real));
+    return n - i;
+}
+
 /* Rows whose reductions would cost as much as they do: as many at a time as make a block, with the
- * constants of them all computed as vectors. Returns what rows_long does. */
+ * constants of them all computed as vectors. Results that go past the caches are made in `own`, as
+ * rows need not begin with a line. Returns what rows_long does. */
 static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
     const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
-    const ptrdiff_t n = w->n, fitting = 2 * FSM_BLOCK / n / VL * VL;
+    const ptrdiff_t n = w->n, fitting = 2 * FSM_BLOCK / n / VL * VL, size = sizeof(real);
     const int block = fitting > FSM_LANES ? FSM_LANES : fitting > VL ? (int)fitting : VL;
-    const int log = op == FSM_LOG_SOFTMAX, in_out = op == FSM_SOFTMAX && out_dtype == REAL_DTYPE;
-    ptrdiff_t special = 0;
+    const int log = op == FSM_LOG_SOFTMAX, past = w->nontemporal && w->out_stride == n * size;
+    const int in_out = op == FSM_SOFTMAX && out_dtype == REAL_DTYPE && !past;
+    ptrdiff_t special = 0, left = 0; /* of the last block, in front of own */
+    real own[LINE + 2 * FSM_BLOCK + VL * MIDDLE_ROW];
     fsm_state st;
     for (ptrdiff_t r = 0; r < w->rows; r += block) {
         const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
         const char *x = w->x + r * w->x_stride;
-        char *out = w->out + r * w->out_stride;
-        real own[2 * FSM_BLOCK + VL * FSM_MIDDLE_ROW], *e[FSM_LANES];
+        char *out = past ? (char *)(own + left) : w->out + r * w->out_stride;
+        real *e[FSM_LANES];
         vec hi[FSM_LANES], lo[FSM_LANES];
         begin_state(&st, (rows + VL - 1) / VL * VL, n);
         middle_spans(x_dtype, &st, x, w->x_stride, rows, n);
         reference_pass(&st);
         special += st.special;
         for (int l = 0; l < rows; l++)
-            e[l] = in_out ? (real *)(out + l * w->out_stride) : own + l * n;
+            e[l] = in_out ? (real *)(out + l * w->out_stride) : own + left + l * n;
         const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
         const char *ask = whole && x_dtype == REAL_DTYPE ? x + block * w->x_stride : NULL;
         exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask);
@@ -378,6 +411,14 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
         middle_maps(log, out_dtype, out, w->out_stride, x_dtype, from, rows, n, &st);
         for (int l = 0; l < rows && st.special; l++)
             if (is_special(LANE(st.max)[l])) fill_row(out_dtype, out + l * w->out_stride, n, NAN);
+        if (past) {
+            real *at = (real *)(w->out + r * w->out_stride) - left;
+            left = write_lines(at, own, left + rows * n);
+        }
+    }
+    if (past) {
+        memcpy((real *)(w->out + w->rows * w->out_stride) - left, own, (size_t)(left * size));
+        store_fence();
     }
     return special;
 }
@@ -385,7 +426,7 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
 static ptrdiff_t rows_all(fsm_op op, const fsm_rows *w) {
     if (w->rows >= 4 && w->n <= FSM_SHORT_ROW)
         return op == FSM_SOFTMAX ? rows_few(w) : rows_short(op, w);
-    if (w->rows >= 4 && w->n <= FSM_MIDDLE_ROW) return rows_middle(op, w);
+    if (w->rows >= 4 && w->n <= MIDDLE_ROW) return rows_middle(op, w);
     return rows_long(op, w);
 }
 

@@ -140,7 +140,7 @@ static int fills_the_caches(const fsm_plan *p) {
     ptrdiff_t bits = (ptrdiff_t)(uintptr_t)p->data[FSM_OUT]; /* of all addresses of rows */
     for (int d = 0; d < p->row_ndim; d++) bits |= p->row[d].stride[FSM_OUT];
     return p->pass->map && p->dtype[FSM_OUT] == p->compute && bits % p->real_size == 0 &&
-           p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_MIDDLE_ROW &&
+           p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_SHORT_ROW &&
            (double)p->rows * (double)p->n * size >= CACHE_BYTES;
 }
 

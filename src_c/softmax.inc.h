@@ -26,6 +26,7 @@
 #define run_fold FSM_NAME(run_fold)
 #define sum_run FSM_NAME(sum_run)
 #define row_sum FSM_NAME(row_sum)
+#define row_vsum FSM_NAME(row_vsum)
 #define row_map FSM_NAME(row_map)
 #define row_map_as FSM_NAME(row_map_as)
 #define row_map_to FSM_NAME(row_map_to)
@@ -243,9 +244,11 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         FSM_UNROLL(4)
         for (i = VL; i + VL <= n; i += VL) {
             const exp_mid next = exp_begin(load_as(dtype, x, i, VL, v_set1(0)), r, shift, normal);
+            if (ask) FSM_PREFETCH(ask + (i - VL) * (ptrdiff_t)sizeof(real));
             v_store(e + i - VL, exp_end(mid, normal));
             mid = next;
         }
+        if (ask) FSM_PREFETCH(ask + (i - VL) * (ptrdiff_t)sizeof(real));
         v_store(e + i - VL, exp_end(mid, normal));
     }
     if (REGISTERS < 32 && dtype == REAL_DTYPE && !shift && normal) {
@@ -281,11 +284,10 @@ FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrd
 
 FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride, int rows,
                         ptrdiff_t n, const fsm_state *st, const char *ask) {
+    if (!ask) ask = x; /* costs less than a loop that does not look */
 #define CALL(DTYPE)                                                             \
     if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL); \
-    else if (ASK_IN_EXP && ask && DTYPE == REAL_DTYPE)                          \
-        exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, ask);               \
-    else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, NULL)
+    else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, DTYPE == REAL_DTYPE ? ask : NULL)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
@@ -412,17 +414,13 @@ FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
     return s;
 }
 
-FSM_APART void exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
-                       fsm_exact_sum *sum, int lane, const char *ask, const ready *w,
-                       ptrdiff_t at) {
-    vsum s;
-    if (w && dtype == REAL_DTYPE) s = exp_sum_as(REAL_DTYPE, e, x, n, ref, ask ? ask : x, w, at);
-    else {
-#define CALL(DTYPE) s = exp_sum_as(DTYPE, e, x, n, ref, DTYPE == REAL_DTYPE ? ask : NULL, NULL, 0)
-        SWITCH_DTYPE(dtype, CALL);
+FSM_APART vsum exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+                       const char *ask, const ready *w, ptrdiff_t at) {
+    if (w && dtype == REAL_DTYPE) return exp_sum_as(REAL_DTYPE, e, x, n, ref, ask ? ask : x, w, at);
+#define CALL(DTYPE) \
+    return exp_sum_as(DTYPE, e, x, n, ref, DTYPE == REAL_DTYPE ? ask : NULL, NULL, 0)
+    SWITCH_DTYPE(dtype, CALL);
 #undef CALL
-    }
-    run_fold(sum, lane, &s, n, 0);
 }
 
 /* The sum of exp goes into that lane, exp to e, which may be NULL or x. `ask`, if it is not NULL, is
@@ -432,19 +430,31 @@ static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_re
                     fsm_exact_sum *sum, int lane, int fine, int normal, const char *ask,
                     const ready *w) {
     real block[FSM_BLOCK];
-    const ptrdiff_t size = float_size(dtype);
-    for (ptrdiff_t i = 0; i < n; i += FSM_BLOCK) {
-        const ptrdiff_t k = n - i < FSM_BLOCK ? n - i : FSM_BLOCK;
+    const int together = TOGETHER && normal && !fine;
+    const ptrdiff_t size = float_size(dtype), step = together && e ? FOLD_EVERY * VL : FSM_BLOCK;
+    for (ptrdiff_t i = 0; i < n; i += step) {
+        const ptrdiff_t k = n - i < step ? n - i : step;
         real *to = e ? e + i : block;
         const char *from = (const char *)x + i * size;
         const char *next = ask ? ask + i * size : NULL;
-        if (TOGETHER && normal && !fine) {
-            exp_sum(dtype, to, from, k, ref, sum, lane, next, w, i);
+        if (together) {
+            const vsum s = exp_sum(dtype, to, from, k, ref, next, w, i);
+            run_fold(sum, lane, &s, k, 0);
             continue;
         }
         exp_run(dtype, to, from, k, ref, normal, next);
         sum_run(to, k, sum, lane, fine, ASK_IN_EXP ? NULL : next);
     }
+}
+
+/* Of a row of FOLD_EVERY vectors at the most the sum, which has one vsum, can be left unfolded. */
+static vsum row_vsum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, int normal,
+                     const char *ask, const ready *w) {
+    real own[FSM_LAG_MOST];
+    if (!e) e = own;
+    if (TOGETHER && normal) return exp_sum(dtype, e, x, n, ref, ask, w, 0);
+    exp_run(dtype, e, x, n, ref, normal, ask);
+    return run_sum(e, n, 0, NULL);
 }
 
 /* The integer lanes of a vsum into the sums of VL rows. */
