@@ -166,8 +166,8 @@ static span map_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state
     const real *e = row_exp(op, w, done);
     const void *from = e ? (const void *)e : x;
     if (op == FSM_LOGSUMEXP) store_run(out, 0, w->out_dtype, &map.a, 1);
-    else if (next && w->nontemporal)
-        return map_and_span_nt(log, (real *)out, from, w->x_dtype, next, n, map, rest);
+    else if (w->nontemporal) /* without a next row the extrema are those of any */
+        return map_and_span_nt(log, (real *)out, from, w->x_dtype, next ? next : x, n, map, rest);
     else if (next && (log || e) && (w->out_dtype == w->x_dtype || w->out_dtype == REAL_DTYPE))
         return map_and_span(log, w->out_dtype, out, from, w->x_dtype, next, n, map);
     else if (e || log) row_map(w->out_dtype, out, w->x_dtype, from, n, log, map);

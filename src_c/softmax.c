@@ -27,7 +27,7 @@ enum {
     PER_THREAD = 1 << 14,    /* elements that each further thread must get */
     SCRATCH_BYTES = 1 << 19, /* of a unit that is read once: half of a common second-level cache */
     CHUNK_BYTES = 1 << 16,   /* of a piece of a longer one */
-    FUSED_BYTES = 1 << 13,   /* of fused rows at a time: a quarter of the nearest cache */
+    FUSED_BYTES = 1 << 15,   /* of fused rows at a time: as much as the nearest cache */
     FUSED_MOST = 1 << 14,    /* elements of a fused row */
     CACHE_BYTES = 1 << 25,   /* of x and out that a last-level cache is not expected to hold */
     DIRECT_MOST = 1 << 18,   /* elements of a direct row; a longer one is worth being dealt */
@@ -159,19 +159,19 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->direct = whole && plain;
     p->fused = whole && !plain && p->n <= FUSED_MOST;
 
-    const ptrdiff_t most = SCRATCH_BYTES / p->real_size;
+    const ptrdiff_t fitting = SCRATCH_BYTES / p->real_size;
     p->lanes = 1;
     if (!p->direct && !p->fused && lane && lane->size > 1 && p->n < PTRDIFF_MAX / 4096 &&
         (lane->stride[FSM_X] < x_step || (p->n <= FSM_SHORT_ROW && lane->size >= 8))) {
         p->lanes = (int)least(FSM_LANES, up_to_multiple(lane->size, FSM_LANE_QUANTUM));
         const int few =
             p->rows / p->lanes < 2 * p->threads; /* narrower groups give every thread some */
-        if (p->n * p->lanes > most || few) p->lanes = FSM_LANE_QUANTUM;
+        if (p->n * p->lanes > fitting || few) p->lanes = FSM_LANE_QUANTUM;
     }
     p->groups = p->lanes > 1 ? (lane->size + p->lanes - 1) / p->lanes : 1;
     p->units = p->lanes > 1 ? p->rows / lane->size * p->groups : p->rows;
     const ptrdiff_t unit_elements = p->n * p->lanes;
-    p->resident = unit_elements <= most;
+    p->resident = unit_elements <= fitting;
     p->slice = SLICE / (p->compute == FSM_F64 ? 2 : 1) / (p->op == FSM_LOGSUMEXP_WEIGHTED ? 4 : 1) /
                (problem->isa == &fsm_isa_scalar ? 8 : 1);
     p->wide =
@@ -188,9 +188,8 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
     p->chunks = (p->n - 1) / p->chunk + 1; /* n may be PTRDIFF_MAX, of broadcast bytes */
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
-    p->nontemporal = 0;
+    p->nontemporal = (p->direct || p->fused) && !p->wide && !p->labels && fills_the_caches(p);
     if (p->direct && !p->wide && !p->labels) {
-        p->nontemporal = fills_the_caches(p);
         p->scratch_elements = p->dtype[FSM_OUT] == p->compute && !p->nontemporal
                                   ? 0
                                   : exps_kept(p->n, p->nontemporal) * p->n;
@@ -201,7 +200,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
                  lane->stride[FSM_X] == itemsize(p->dtype[FSM_X]) &&
                  lane->stride[FSM_OUT] == itemsize(p->dtype[FSM_OUT]);
     if (p->fused) { /* z, exp, additive: see fused_rows */
-        p->block = FUSED_BYTES / p->real_size / p->n + 1;
+        p->block = most(FUSED_BYTES / p->real_size / p->n + 1, exps_kept(p->n, p->nontemporal));
         p->scratch_elements = 3 * up_to_multiple(p->block * p->n, FSM_BLOCK);
     }
 }
@@ -595,7 +594,8 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
                                  .n = p->n,
                                  .x_dtype = p->compute,
                                  .out_dtype = p->dtype[FSM_OUT],
-                                 .scratch = e};
+                                 .scratch = e,
+                                 .nontemporal = p->nontemporal};
             if (p->kernels->rows(p->op, &of) && hiding && p->op != FSM_LOGSUMEXP)
                 mend_special(p, at, rows, z);
             advance(p, &at, rows);
