@@ -11,7 +11,7 @@
  *
  * A state has lanes. lanes == 1: one row, its elements contiguous in the tile, vectors run along
  * the row. lanes > 1: that many rows side by side, element i of row l at [i * lanes + l], vectors
- * run across the rows. lanes is then a multiple of FSM_LANE_QUANTUM. */
+ * run across the rows. lanes is then a multiple of FSM_LANE_QUANTUM (columns.inc.h: of VL). */
 #ifndef FSM_KERNELS_H
 #define FSM_KERNELS_H
 

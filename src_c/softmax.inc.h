@@ -370,10 +370,9 @@ FSM_INLINE void write_ready(const ready *w, map_vref map, ptrdiff_t begin, ptrdi
  * alternating with stores of e they are slower (12.4 cycles a vector of a row in cache) than all at
  * once at the end (11.2); in groups (9.7) the memory takes them while exp goes on. `ask` is
  * then not NULL: to look would be a second copy of the loop. */
-FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_vref r,
                            const char *ask, const ready *w, ptrdiff_t at) {
     enum { AHEAD = 3, BEHIND = 12, GROUP = 8 };
-    const exp_vref r = exp_broadcast(ref);
     const map_vref map = {v_set1(w ? w->map.a : 0), v_set1(w ? w->map.b : 0)};
     const ptrdiff_t count = n / VL, size = (ptrdiff_t)sizeof(real);
     const ptrdiff_t last = !w ? at : w->n - at < n ? w->n : at + n;
@@ -416,9 +415,9 @@ FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
 
 FSM_APART vsum exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                        const char *ask, const ready *w, ptrdiff_t at) {
-    if (w && dtype == REAL_DTYPE) return exp_sum_as(REAL_DTYPE, e, x, n, ref, ask ? ask : x, w, at);
-#define CALL(DTYPE) \
-    return exp_sum_as(DTYPE, e, x, n, ref, DTYPE == REAL_DTYPE ? ask : NULL, NULL, 0)
+    const exp_vref r = exp_broadcast(ref);
+    if (w && dtype == REAL_DTYPE) return exp_sum_as(REAL_DTYPE, e, x, n, r, ask ? ask : x, w, at);
+#define CALL(DTYPE) return exp_sum_as(DTYPE, e, x, n, r, DTYPE == REAL_DTYPE ? ask : NULL, NULL, 0)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
@@ -474,30 +473,37 @@ FSM_INLINE exp_vref lanes_of(const fsm_state *st, int g) {
                       v_load(LANE(st->exp[4]) + g)};
 }
 
+/* Vectors of lanes are `group` elements apart, the elements of one `step`. Of a normal state with
+ * TOGETHER the step is VL. */
 FSM_INLINE void lane_sum_as(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine, int shift,
-                            int normal) {
-    const int lanes = st->lanes;
+                            int normal, ptrdiff_t group, ptrdiff_t step) {
     real block[FOLD_EVERY * VL]; /* where exp goes without e */
-    const ptrdiff_t step = e ? lanes : VL;
-    for (int g = 0; g < lanes; g += VL) {
+    const ptrdiff_t to_step = e ? step : VL;
+    for (int g = 0; g < st->lanes; g += VL) {
         const exp_vref r = lanes_of(st, g);
         for (ptrdiff_t i = 0, k; i < n; i += k) {
             k = n - i < FOLD_EVERY ? n - i : FOLD_EVERY;
-            const real *from = x + i * lanes + g;
-            real *to = e ? e + i * lanes + g : block;
-            exp_steps(to, step, from, lanes, k, r, shift, normal, NULL);
+            const ptrdiff_t at = g / VL * group + i * step;
+            real *to = e ? e + at : block;
             vsum s = vsum_zero();
-            FSM_UNROLL(4)
-            for (ptrdiff_t j = 0; j < k; j++) vsum_add(&s, v_load(to + j * step), 2, fine);
+            if (TOGETHER && normal)
+                s = exp_sum_as(REAL_DTYPE, to, x + at, k * VL, r, NULL, NULL, 0);
+            else {
+                exp_steps(to, to_step, x + at, step, k, r, shift, normal, NULL);
+                FSM_UNROLL(4)
+                for (ptrdiff_t j = 0; j < k; j++) vsum_add(&s, v_load(to + j * to_step), 2, fine);
+            }
             lane_fold(&st->sum, g, &s, k, 2, fine);
         }
     }
 }
 
-FSM_APART void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine) {
-    if (FSM_BITS == 32 && fine) lane_sum_as(st, e, x, n, 1, 1, 0);
-    else if (st->normal) lane_sum_as(st, e, x, n, 0, 0, 1);
-    else lane_sum_as(st, e, x, n, 0, 1, 0);
+FSM_APART void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int fine,
+                        ptrdiff_t group, ptrdiff_t step) {
+    if (FSM_BITS == 32 && fine) lane_sum_as(st, e, x, n, 1, 1, 0, group, step);
+    else if (st->normal && (!TOGETHER || step == VL))
+        lane_sum_as(st, e, x, n, 0, 0, 1, group, step);
+    else lane_sum_as(st, e, x, n, 0, 1, 0, group, step);
 }
 
 /* ---- map ---- */
@@ -661,7 +667,7 @@ static void sum_pass(fsm_state *st, const fsm_tile *t) {
     if (st->lanes == 1)
         row_sum(t->x_dtype, t->e, t->x, t->n, row_ref(st, 0), &st->sum, 0, fine, st->normal, NULL,
                 NULL);
-    else lane_sum(st, t->e, t->x, t->n, fine);
+    else lane_sum(st, t->e, t->x, t->n, fine, VL, st->lanes);
 }
 
 #if FSM_BITS == 32
