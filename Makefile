@@ -117,7 +117,7 @@ ISAS_coverage = $(ISAS)
 
 # What make asm shows, with the flags of setup.py.
 ISA = avx2
-LOOP = f32_(exp_run|exp_sum|sum_run|map_and_span|middle_|few_|group_scores|group_values|dots_of_heads)
+LOOP = f32_(exp_run|exp_sum|run_vsum|map_and_span|middle_|few_|group_scores|group_values|dots_of_heads)
 FLAGS_asm = -O3 -fno-split-loops
 ISAS_asm = $(ISA)
 

@@ -314,7 +314,7 @@ FSM_APART void middle_spans(fsm_dtype dtype, fsm_state *st, const char *x, ptrdi
 /* The sums of the rows whose exp lies at e[l], each in two vectors of counts. */
 FSM_APART void middle_sums(vec *hi, vec *lo, real *const *e, int rows, ptrdiff_t n) {
     for (int l = 0; l < rows; l++) {
-        const vsum s = run_sum(e[l], n, 0, NULL);
+        const vsum s = run_sum(e[l], n, 0);
         hi[l] = v_from_bits(s.part[0]);
         lo[l] = v_from_bits(s.part[1]);
     }
@@ -394,7 +394,7 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
         for (int l = 0; l < rows; l++)
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + left + l * n;
         const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
-        const char *ask = whole && x_dtype == REAL_DTYPE ? x + block * w->x_stride : NULL;
+        const char *ask = whole ? x + block * w->x_stride : x;
         exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask);
         middle_sums(hi, lo, e, rows, n);
         for (int g = 0; g < rows; g += VL) {

@@ -24,6 +24,7 @@
 #define exp_rows_as FSM_NAME(exp_rows_as)
 #define run_sum FSM_NAME(run_sum)
 #define run_fold FSM_NAME(run_fold)
+#define run_vsum FSM_NAME(run_vsum)
 #define sum_run FSM_NAME(sum_run)
 #define row_sum FSM_NAME(row_sum)
 #define row_vsum FSM_NAME(row_vsum)
@@ -73,9 +74,8 @@ typedef struct {
 /* Whether a row has no finite maximum. */
 FSM_INLINE int is_special(real max) { return max - max != 0; }
 
-/* A running sum carries NaN past v_max; done by the multipliers, which are idle here, it
- * costs no time. It is
- * a suspicion only (inf - inf is NaN too), so the row is then looked at again. The maximum is never
+/* A running sum carries NaN past v_max; done by the multipliers, which are idle here, it costs no
+ * time. It is a suspicion only (inf - inf is NaN too), so the row is then looked at again. The maximum is never
  * -0, so that rows that differ in the sign of a zero maximum agree. */
 typedef struct {
     vec max[2], min[2], sum[4];
@@ -188,12 +188,7 @@ FSM_INLINE vec map_vec(int log, vec x_or_e, map_vref r) {
  * constants than there are registers, and reading these again for each vector is what such a loop is
  * then bound by (AVX2: 3.2 ns for 8 elements, apart 2.6). In one where registers abound (exp_sum).
  *
- * Meanwhile the next row can be asked for, into the second-level cache: exp leaves the memory idle,
- * and so does the sum. */
-
-/* In which of the two: on Zen 4 (AVX-512) asking in a loop of exp and sum had cost 20 %. */
-#undef ASK_IN_EXP
-#define ASK_IN_EXP (REGISTERS < 32)
+ * Meanwhile the next row can be asked for, into the second-level cache: exp leaves the memory idle. */
 
 /* exp of one vector of a normal row, whose power of two is known already; returns that of the next.
  * That takes 7 cycles out of a chain of 39, and with it some of the wait for a place in the
@@ -265,9 +260,10 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
 
 FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                        int normal, const char *ask) {
-#define CALL(DTYPE)                                                                                \
-    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL);                                      \
-    else if (ASK_IN_EXP && ask && DTYPE == REAL_DTYPE) exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask); \
+#define CALL(DTYPE)                                           \
+    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL); \
+    else if (REGISTERS < 32 && ask && DTYPE == REAL_DTYPE)    \
+        exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask);           \
     else exp_run_as(DTYPE, e, x, n, ref, 0, 1, NULL)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
@@ -282,9 +278,10 @@ FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrd
                    ask ? ask + l * stride : NULL);
 }
 
-FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride, int rows,
-                        ptrdiff_t n, const fsm_state *st, const char *ask) {
-    if (!ask) ask = x; /* costs less than a loop that does not look */
+/* `ask` is not NULL, which it helps the compiler to know. */
+FSM_APART __attribute__((nonnull)) void exp_rows(fsm_dtype dtype, real *const *e, const char *x,
+                                                 ptrdiff_t stride, int rows, ptrdiff_t n,
+                                                 const fsm_state *st, const char *ask) {
 #define CALL(DTYPE)                                                             \
     if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL); \
     else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, DTYPE == REAL_DTYPE ? ask : NULL)
@@ -292,23 +289,18 @@ FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_
 #undef CALL
 }
 
-/* The vsum of a run of at most FOLD_EVERY vectors; lanes past the end add 0. As many bytes from
- * `ask` on, if it is not NULL, are asked for. */
-FSM_INLINE vsum run_sum(const real *e, ptrdiff_t n, int fine, const char *ask) {
-    enum { STEP = 2 * FSM_ALIGN / (int)sizeof(real) };
+/* The vsum of a run of at most FOLD_EVERY vectors; lanes past the end add 0. */
+FSM_INLINE vsum run_sum(const real *e, ptrdiff_t n, int fine) {
     vsum s = vsum_zero();
     ptrdiff_t i = 0;
-    for (; ask && i + STEP <= n; i += STEP) {
-        FSM_PREFETCH(ask + i * (ptrdiff_t)sizeof(real));
-        FSM_PREFETCH(ask + i * (ptrdiff_t)sizeof(real) + FSM_ALIGN);
-        FSM_UNROLL(8)
-        for (int j = 0; j < STEP; j += VL) vsum_add(&s, v_load(e + i + j), 2, fine);
-    }
     FSM_UNROLL(4)
     for (; i + VL <= n; i += VL) vsum_add(&s, v_load(e + i), 2, fine);
     if (i < n) vsum_add(&s, v_load_n(e + i, n - i, v_set1(0)), 2, fine);
     return s;
 }
+
+/* The same for those who need not have it in a loop of theirs. */
+FSM_APART vsum run_vsum(const real *e, ptrdiff_t n) { return run_sum(e, n, 0); }
 
 /* The vsum of a run of n elements into the sum of a row. */
 FSM_INLINE void run_fold(fsm_exact_sum *sum, int lane, const vsum *s, ptrdiff_t n, int fine) {
@@ -316,14 +308,10 @@ FSM_INLINE void run_fold(fsm_exact_sum *sum, int lane, const vsum *s, ptrdiff_t 
         sum_fold(sum, lane, j, v_sum_int(vsum_int(s, j, (n + VL - 1) / VL, 2)));
 }
 
-FSM_APART void sum_run(const real *e, ptrdiff_t n, fsm_exact_sum *sum, int lane, int fine,
-                       const char *ask) {
+FSM_APART void sum_run(const real *e, ptrdiff_t n, fsm_exact_sum *sum, int lane, int fine) {
     for (ptrdiff_t i = 0; i < n; i += FOLD_EVERY * VL) {
         const ptrdiff_t k = n - i < FOLD_EVERY * VL ? n - i : FOLD_EVERY * VL;
-        const char *from = ask ? ask + i * (ptrdiff_t)sizeof(real) : NULL;
-        const vsum s = FSM_BITS == 32 && fine ? run_sum(e + i, k, 1, NULL)
-                       : ask                  ? run_sum(e + i, k, 0, from)
-                                              : run_sum(e + i, k, 0, NULL);
+        const vsum s = FSM_BITS == 32 && fine ? run_sum(e + i, k, 1) : run_vsum(e + i, k);
         run_fold(sum, lane, &s, k, fine);
     }
 }
@@ -407,17 +395,16 @@ FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         store_as(REAL_DTYPE, e, i * VL, k,
                  exp_vec(load_as(dtype, x, i * VL, k, v_set1(0)), r, 0, 1));
     }
-    const vsum rest = run_sum(e + done * VL, n - done * VL, 0, NULL);
+    const vsum rest = run_vsum(e + done * VL, n - done * VL);
     for (int j = 0; j < 2; j++) s.part[j] = v_add_int(s.part[j], rest.part[j]);
     if (w) write_ready(w, map, at, last);
     return s;
 }
 
-FSM_APART vsum exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+FSM_APART vsum exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, const exp_vref *r,
                        const char *ask, const ready *w, ptrdiff_t at) {
-    const exp_vref r = exp_broadcast(ref);
-    if (w && dtype == REAL_DTYPE) return exp_sum_as(REAL_DTYPE, e, x, n, r, ask ? ask : x, w, at);
-#define CALL(DTYPE) return exp_sum_as(DTYPE, e, x, n, r, DTYPE == REAL_DTYPE ? ask : NULL, NULL, 0)
+    if (w && dtype == REAL_DTYPE) return exp_sum_as(REAL_DTYPE, e, x, n, *r, ask ? ask : x, w, at);
+#define CALL(DTYPE) return exp_sum_as(DTYPE, e, x, n, *r, DTYPE == REAL_DTYPE ? ask : NULL, NULL, 0)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
@@ -430,6 +417,7 @@ static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_re
                     const ready *w) {
     real block[FSM_BLOCK];
     const int together = TOGETHER && normal && !fine;
+    const exp_vref r = exp_broadcast(ref);
     const ptrdiff_t size = float_size(dtype), step = together && e ? FOLD_EVERY * VL : FSM_BLOCK;
     for (ptrdiff_t i = 0; i < n; i += step) {
         const ptrdiff_t k = n - i < step ? n - i : step;
@@ -437,12 +425,12 @@ static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_re
         const char *from = (const char *)x + i * size;
         const char *next = ask ? ask + i * size : NULL;
         if (together) {
-            const vsum s = exp_sum(dtype, to, from, k, ref, next, w, i);
+            const vsum s = exp_sum(dtype, to, from, k, &r, next, w, i);
             run_fold(sum, lane, &s, k, 0);
             continue;
         }
         exp_run(dtype, to, from, k, ref, normal, next);
-        sum_run(to, k, sum, lane, fine, ASK_IN_EXP ? NULL : next);
+        sum_run(to, k, sum, lane, fine);
     }
 }
 
@@ -450,10 +438,11 @@ static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_re
 static vsum row_vsum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, int normal,
                      const char *ask, const ready *w) {
     real own[FSM_LAG_MOST];
+    const exp_vref r = exp_broadcast(ref);
     if (!e) e = own;
-    if (TOGETHER && normal) return exp_sum(dtype, e, x, n, ref, ask, w, 0);
+    if (TOGETHER && normal) return exp_sum(dtype, e, x, n, &r, ask, w, 0);
     exp_run(dtype, e, x, n, ref, normal, ask);
-    return run_sum(e, n, 0, NULL);
+    return run_vsum(e, n);
 }
 
 /* The integer lanes of a vsum into the sums of VL rows. */
@@ -486,8 +475,7 @@ FSM_INLINE void lane_sum_as(fsm_state *st, real *e, const real *x, ptrdiff_t n, 
             const ptrdiff_t at = g / VL * group + i * step;
             real *to = e ? e + at : block;
             vsum s = vsum_zero();
-            if (TOGETHER && normal)
-                s = exp_sum_as(REAL_DTYPE, to, x + at, k * VL, r, NULL, NULL, 0);
+            if (TOGETHER && normal) s = exp_sum(REAL_DTYPE, to, x + at, k * VL, &r, NULL, NULL, 0);
             else {
                 exp_steps(to, to_step, x + at, step, k, r, shift, normal, NULL);
                 FSM_UNROLL(4)
