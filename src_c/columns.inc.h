@@ -55,8 +55,8 @@ FSM_APART void columns_in(fsm_dtype dtype, fsm_state *st, real *tile, const fsm_
 #undef CALL
 }
 
-/* Element by element: some of one panel, then of the next, is slower where out is not aligned to
- * lines (1000 x 1024: 608 us for 415), for two panels share each line. */
+/* Element by element: some of one panel, then of the next, is slower (1000 x 1024: 608 us for 415),
+ * perhaps because two panels share each line of an out that is not aligned to them. */
 FSM_INLINE void columns_out_as(fsm_dtype dtype, const fsm_state *st, const real *tile, int log,
                                const fsm_columns *c) {
     const ptrdiff_t n = c->n, step = c->out_step; /* for the compiler out may be over *c */

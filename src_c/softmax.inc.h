@@ -278,10 +278,9 @@ FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrd
                    ask ? ask + l * stride : NULL);
 }
 
-/* `ask` is not NULL, which it helps the compiler to know. */
-FSM_APART __attribute__((nonnull)) void exp_rows(fsm_dtype dtype, real *const *e, const char *x,
-                                                 ptrdiff_t stride, int rows, ptrdiff_t n,
-                                                 const fsm_state *st, const char *ask) {
+FSM_NONNULL FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x,
+                                    ptrdiff_t stride, int rows, ptrdiff_t n, const fsm_state *st,
+                                    const char *ask) {
 #define CALL(DTYPE)                                                             \
     if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL); \
     else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, DTYPE == REAL_DTYPE ? ask : NULL)

@@ -47,9 +47,11 @@
 #define FSM_PRAGMA(text) _Pragma(#text)
 #define FSM_UNROLL(n) FSM_PRAGMA(GCC unroll n)
 #define FSM_PREFETCH(p) __builtin_prefetch(p, 0, 2) /* to read, into the second-level cache */
+#define FSM_NONNULL __attribute__((nonnull))        /* so that loops need not look */
 #else
 #define FSM_UNROLL(n)
 #define FSM_PREFETCH(p) (void)(p)
+#define FSM_NONNULL
 #endif
 
 #define FSM_PASTE_(a, b) a##_##b
