@@ -210,7 +210,8 @@ static ready ready_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_st
  * finite maximum; softmax and log_softmax have filled them with NaN. */
 static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
     const int fine = w->n > EXACT_COARSE, in_sum = writes_in_sum(op, w), lag = row_lag(w->n);
-    const int once = lag == 3 && w->n <= FOLD_EVERY * VL;
+    const int once =
+        lag == 3 && w->n <= FOLD_EVERY * VL; /* sums are one vsum, folded a step later */
     const fsm_dtype x_dtype = w->x_dtype;
     const ptrdiff_t n = w->n;
     pending rest = {.count = 0};
@@ -238,16 +239,13 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
             row_state *st = &state[begun & 3];
             const char *x = w->x + begun * w->x_stride, *ask = w->x + (r + 1) * w->x_stride;
             real *e = row_exp(op, w, begun);
-            ready to;
-            if (with) to = ready_of(op, w, done, end, &rest);
+            ready to, *write = NULL;
+            if (with) to = ready_of(op, w, done, end, &rest), write = &to;
             if (r + 1 >= w->rows || x_dtype != REAL_DTYPE || n > FSM_ASK_MOST) ask = NULL;
-            if (once)
-                st->sum = row_vsum(x_dtype, e, x, n, st->exp, st->normal, ask, with ? &to : NULL);
-            else
-                row_sum(x_dtype, e, x, n, st->exp, &sum, 0, fine, st->normal, ask,
-                        with ? &to : NULL);
+            if (once) st->sum = row_vsum(x_dtype, e, x, n, st->exp, 0, st->normal, ask, write, 0);
+            else row_sum(x_dtype, e, x, n, st->exp, &sum, 0, fine, st->normal, ask, write);
         }
-        const ptrdiff_t summed = once ? begun - 1 : begun; /* a step later it is not waited for */
+        const ptrdiff_t summed = once ? begun - 1 : begun;
         if (summed >= 0 && summed < w->rows) {
             row_state *st = &state[summed & 3];
             if (once) run_fold(&sum, 0, &st->sum, n, 0);
@@ -265,8 +263,8 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
 
 /* ---- rows whose reductions would cost as much as they do ---- */
 
-/* Up to this long they are; FOLD_EVERY at the most. With vectors of one element none are: it is the
- * length at which the blocks of rows_middle stop to be of use. */
+/* Up to this long they are; FOLD_EVERY vectors at the most. Of vectors of one element there is nothing
+ * to reduce: that is the length up to which blocks are of use all the same. */
 #undef MIDDLE_ROW
 #define MIDDLE_ROW (VL >= 4 ? 32 * VL : 128)
 
@@ -394,7 +392,7 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
         for (int l = 0; l < rows; l++)
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + left + l * n;
         const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
-        const char *ask = whole ? x + block * w->x_stride : x;
+        const char *ask = whole ? x + block * w->x_stride : x; /* x: as good as nothing */
         exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask);
         middle_sums(hi, lo, e, rows, n);
         for (int g = 0; g < rows; g += VL) {

@@ -25,7 +25,6 @@
 #define run_sum FSM_NAME(run_sum)
 #define run_fold FSM_NAME(run_fold)
 #define run_vsum FSM_NAME(run_vsum)
-#define sum_run FSM_NAME(sum_run)
 #define row_sum FSM_NAME(row_sum)
 #define row_vsum FSM_NAME(row_vsum)
 #define row_map FSM_NAME(row_map)
@@ -269,7 +268,7 @@ FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp
 #undef CALL
 }
 
-/* The same for rows of one state; `ask` is asked for as x is read. */
+/* The same for rows of one state; `ask`, which is not NULL, is asked for as x is read. */
 FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride,
                             int rows, ptrdiff_t n, const fsm_state *st, int shift, int normal,
                             const char *ask) {
@@ -305,14 +304,6 @@ FSM_APART vsum run_vsum(const real *e, ptrdiff_t n) { return run_sum(e, n, 0); }
 FSM_INLINE void run_fold(fsm_exact_sum *sum, int lane, const vsum *s, ptrdiff_t n, int fine) {
     for (int j = 0; j < (fine ? 3 : 2); j++)
         sum_fold(sum, lane, j, v_sum_int(vsum_int(s, j, (n + VL - 1) / VL, 2)));
-}
-
-FSM_APART void sum_run(const real *e, ptrdiff_t n, fsm_exact_sum *sum, int lane, int fine) {
-    for (ptrdiff_t i = 0; i < n; i += FOLD_EVERY * VL) {
-        const ptrdiff_t k = n - i < FOLD_EVERY * VL ? n - i : FOLD_EVERY * VL;
-        const vsum s = FSM_BITS == 32 && fine ? run_sum(e + i, k, 1) : run_vsum(e + i, k);
-        run_fold(sum, lane, &s, k, fine);
-    }
 }
 
 /* Both in one loop, of a normal row, where the registers hold the constants of both: the sum takes
@@ -408,40 +399,32 @@ FSM_APART vsum exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, con
 #undef CALL
 }
 
-/* The sum of exp goes into that lane, exp to e, which may be NULL or x. `ask`, if it is not NULL, is
- * the next row, asked for in the meantime; `w`, if it is not NULL, is written: of a normal row and
- * with TOGETHER only. */
-static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
-                    fsm_exact_sum *sum, int lane, int fine, int normal, const char *ask,
-                    const ready *w) {
-    real block[FSM_BLOCK];
-    const int together = TOGETHER && normal && !fine;
-    const exp_vref r = exp_broadcast(ref);
-    const ptrdiff_t size = float_size(dtype), step = together && e ? FOLD_EVERY * VL : FSM_BLOCK;
-    for (ptrdiff_t i = 0; i < n; i += step) {
-        const ptrdiff_t k = n - i < step ? n - i : step;
-        real *to = e ? e + i : block;
-        const char *from = (const char *)x + i * size;
-        const char *next = ask ? ask + i * size : NULL;
-        if (together) {
-            const vsum s = exp_sum(dtype, to, from, k, &r, next, w, i);
-            run_fold(sum, lane, &s, k, 0);
-            continue;
-        }
-        exp_run(dtype, to, from, k, ref, normal, next);
-        sum_run(to, k, sum, lane, fine);
-    }
-}
-
-/* Of a row of FOLD_EVERY vectors at the most the sum, which has one vsum, can be left unfolded. */
-static vsum row_vsum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, int normal,
-                     const char *ask, const ready *w) {
+/* exp of a run of at most FOLD_EVERY vectors, to e, which may be x, or NULL for a block of its own;
+ * returns the sum. `ask`, if it is not NULL, is the next row, asked for in the meantime; of `w`, if it
+ * is not NULL, as many are written, from `at` on: of a normal row and with TOGETHER only. */
+static vsum row_vsum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, int fine,
+                     int normal, const char *ask, const ready *w, ptrdiff_t at) {
     real own[FSM_LAG_MOST];
     const exp_vref r = exp_broadcast(ref);
     if (!e) e = own;
-    if (TOGETHER && normal) return exp_sum(dtype, e, x, n, &r, ask, w, 0);
+    if (TOGETHER && normal && !fine) return exp_sum(dtype, e, x, n, &r, ask, w, at);
     exp_run(dtype, e, x, n, ref, normal, ask);
-    return run_vsum(e, n);
+    return FSM_BITS == 32 && fine ? run_sum(e, n, 1) : run_vsum(e, n);
+}
+
+/* The same of a row of any length, the sum into that lane: in pieces that stay in the nearest cache
+ * between exp and sum, if they are two loops. */
+static void row_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
+                    fsm_exact_sum *sum, int lane, int fine, int normal, const char *ask,
+                    const ready *w) {
+    const ptrdiff_t size = float_size(dtype), most = FOLD_EVERY * VL;
+    const ptrdiff_t step = (TOGETHER && e) || most < FSM_BLOCK ? most : FSM_BLOCK;
+    for (ptrdiff_t i = 0; i < n; i += step) {
+        const ptrdiff_t k = n - i < step ? n - i : step;
+        const vsum s = row_vsum(dtype, e ? e + i : NULL, (const char *)x + i * size, k, ref, fine,
+                                normal, ask ? ask + i * size : NULL, w, i);
+        run_fold(sum, lane, &s, k, fine);
+    }
 }
 
 /* The integer lanes of a vsum into the sums of VL rows. */
