@@ -40,7 +40,12 @@
 #define FSM_APART static __declspec(noinline)
 #else
 #define FSM_INLINE static inline __attribute__((always_inline))
-#define FSM_APART static __attribute__((noinline)) /* a loop that wants all registers to itself */
+/* A loop that wants all registers to itself, and is there once. */
+#if defined(__clang__)
+#define FSM_APART static __attribute__((noinline))
+#else
+#define FSM_APART static __attribute__((noinline, noclone))
+#endif
 #endif
 
 #if defined(__GNUC__)
