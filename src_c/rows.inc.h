@@ -20,7 +20,6 @@
 #define middle_maps_as FSM_NAME(middle_maps_as)
 #define middle_maps_to FSM_NAME(middle_maps_to)
 #define middle_maps FSM_NAME(middle_maps)
-#define write_lines FSM_NAME(write_lines)
 #define middle_fold FSM_NAME(middle_fold)
 #define row_exp FSM_NAME(row_exp)
 #define rows_long FSM_NAME(rows_long)
@@ -356,20 +355,10 @@ FSM_APART void middle_maps(int log, fsm_dtype out_dtype, char *out, ptrdiff_t ou
 #undef CALL
 }
 
-/* n results past the caches, to `at`, as far as they are whole lines (and the beginning of one, in
- * which `at` may lie); the rest goes to the front. Returns how many those are. */
-static ptrdiff_t write_lines(real *at, real *from, ptrdiff_t n) {
-    ptrdiff_t i = (ptrdiff_t)(-(uintptr_t)at % FSM_ALIGN / sizeof(real));
-    memcpy(at, from, (size_t)i * sizeof(real));
-    for (; i + LINE <= n; i += LINE)
-        for (int j = 0; j < LINE; j += VL) v_store_nt(at + i + j, v_load(from + i + j));
-    memmove(from, from + i, (size_t)(n - i) * sizeof(real));
-    return n - i;
-}
-
 /* Rows whose reductions would cost as much as they do: as many at a time as make a block, with the
  * constants of them all computed as vectors. Results that go past the caches are made in `own`, as
- * rows need not begin with a line. Returns what rows_long does. */
+ * rows need not begin with a line, and written during exp of the next block. Returns what rows_long
+ * does. */
 static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
     const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
     const ptrdiff_t n = w->n, fitting = 2 * FSM_BLOCK / n / VL * VL, size = sizeof(real);
@@ -377,7 +366,8 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
     const int log = op == FSM_LOG_SOFTMAX, past = w->nontemporal && w->out_stride == n * size;
     const int in_out = op == FSM_SOFTMAX && out_dtype == REAL_DTYPE && !past;
     ptrdiff_t special = 0, left = 0; /* of the last block, in front of own */
-    real own[LINE + 2 * FSM_BLOCK + VL * MIDDLE_ROW];
+    real both[2][LINE + 2 * FSM_BLOCK + VL * MIDDLE_ROW], *own = both[0];
+    lines ready = {0};
     fsm_state st;
     for (ptrdiff_t r = 0; r < w->rows; r += block) {
         const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
@@ -393,7 +383,7 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + left + l * n;
         const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
         const char *ask = whole ? x + block * w->x_stride : x; /* x: as good as nothing */
-        exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask);
+        exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask, &ready);
         middle_sums(hi, lo, e, rows, n);
         for (int g = 0; g < rows; g += VL) {
             middle_fold(&st.sum, g, hi + g, 0, (n + VL - 1) / VL);
@@ -410,11 +400,17 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
         for (int l = 0; l < rows && st.special; l++)
             if (is_special(LANE(st.max)[l])) fill_row(out_dtype, out + l * w->out_stride, n, NAN);
         if (past) {
-            real *at = (real *)(w->out + r * w->out_stride) - left;
-            left = write_lines(at, own, left + rows * n);
+            real *const end = own + left + rows * n;
+            write_lines(&ready, ready.n);
+            ready = whole_lines((real *)(w->out + r * w->out_stride) - left, own, end - own);
+            const real *const rest = ready.from + ready.n;
+            own = own == both[0] ? both[1] : both[0];
+            left = end - rest;
+            memcpy(own, rest, (size_t)(left * size));
         }
     }
     if (past) {
+        write_lines(&ready, ready.n);
         memcpy((real *)(w->out + w->rows * w->out_stride) - left, own, (size_t)(left * size));
         store_fence();
     }
