@@ -278,21 +278,40 @@ static int form_team(int threads) { return threads; }
 
 /* ---- the loop ---- */
 
-void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context) {
+enum { SHARES = 64 }; /* at the most: more threads than these have one in common */
+
+typedef struct {
+    atomic_ptrdiff_t taken;
+    char apart[128 - sizeof(atomic_ptrdiff_t)]; /* a line of its own, and the one fetched with it */
+} share;
+
+/* The units are cut into shares. A thread takes a share of its own piece by piece, and then what is
+ * left of the others': one that was held up does less. */
+static void in_shares(int threads, int shares, ptrdiff_t n, ptrdiff_t grain, int backward,
+                      fsm_body body, void *context) {
 #ifdef _OPENMP
     if (threads > 1 && n > grain && !omp_in_parallel() && !atomic_load(&orphaned)) {
         const int helpers = reserve(threads - 1);
         threads = helpers ? form_team(1 + helpers) : 1;
         if (threads > 1) {
-            /* taken piece by piece, so that a thread that was held up takes fewer */
-            atomic_ptrdiff_t next = 0;
+            share cut[SHARES];
+            shares = (int)least(least(threads, shares), SHARES);
+            for (int s = 0; s < shares; s++) atomic_init(&cut[s].taken, 0);
 #pragma omp parallel num_threads(threads)
             {
                 const unsigned mode = fsm_fp_enter();
-                ptrdiff_t begin;
-                while ((begin = atomic_fetch_add(&next, grain)) < n)
-                    body(context, omp_get_thread_num(), begin,
-                         n - begin < grain ? n : begin + grain);
+                const int thread = omp_get_thread_num();
+                for (int k = 0; k < shares; k++) {
+                    const int s = (thread + k) % shares;
+                    const ptrdiff_t first = n / shares * s + least(s, n % shares);
+                    const ptrdiff_t size = n / shares + (s < n % shares);
+                    ptrdiff_t i;
+                    while ((i = atomic_fetch_add(&cut[s].taken, grain)) < size) {
+                        const ptrdiff_t count = least(grain, size - i);
+                        const ptrdiff_t begin = first + (backward ? size - i - count : i);
+                        body(context, thread, begin, begin + count);
+                    }
+                }
                 fsm_fp_leave(mode);
             }
         }
@@ -300,9 +319,17 @@ void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, 
         if (threads > 1) return;
     }
 #endif
-    (void)threads;
-    (void)grain;
+    (void)threads, (void)shares, (void)grain, (void)backward;
     const unsigned mode = fsm_fp_enter();
     body(context, 0, 0, n);
     fsm_fp_leave(mode);
+}
+
+void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context) {
+    in_shares(threads, 1, n, grain, 0, body, context);
+}
+
+void fsm_parallel_shares(int threads, ptrdiff_t n, ptrdiff_t grain, int backward, fsm_body body,
+                         void *context) {
+    in_shares(threads, threads, n, grain, backward, body, context);
 }

@@ -13,6 +13,11 @@ typedef void (*fsm_body)(void *context, int thread, ptrdiff_t begin, ptrdiff_t e
  * (nearest, no flush to zero, no traps), and the caller's is as before afterwards. */
 void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context);
 
+/* The same where units are alike: each thread begins with a share of its own, which is the same in
+ * each call, for its caches may still hold it. Backward: each share from its end to its beginning. */
+void fsm_parallel_shares(int threads, ptrdiff_t n, ptrdiff_t grain, int backward, fsm_body body,
+                         void *context);
+
 /* For cutting work. */
 static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t most(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }

@@ -639,9 +639,8 @@ static void whole_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
 
 static void wide_chunks(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const fsm_plan *p = context;
-    for (ptrdiff_t i = begin + p->next_chunk; i < end + p->next_chunk; i++) {
-        /* every other pass goes back: it begins with what the caches still hold */
-        const ptrdiff_t c = p->pass_at == PASS_SUM ? p->chunks - 1 - i : i, first = c * p->chunk;
+    for (ptrdiff_t c = begin + p->next_chunk; c < end + p->next_chunk; c++) {
+        const ptrdiff_t first = c * p->chunk;
         do_pass(p, &p->place, p->pass_at, &p->states[1 + thread], first,
                 first + least(p->chunk, p->n - first), scratch_of(p, thread), 0);
     }
@@ -665,7 +664,8 @@ static void run_wide(fsm_plan *p) {
         memset(&own->sum, 0, sizeof own->sum);
         memset(&own->nonfinite, 0, sizeof own->nonfinite);
     }
-    fsm_parallel_for(p->threads, count, 1, wide_chunks, p);
+    /* every other pass goes back: it begins with what the caches still hold */
+    fsm_parallel_shares(p->threads, count, 1, p->pass_at == PASS_SUM, wide_chunks, p);
     for (int t = 0; t < p->threads && p->pass_at != PASS_MAP; t++)
         p->kernels->merge(st, &p->states[1 + t]);
     p->next_chunk += count;
@@ -688,13 +688,13 @@ fsm_status fsm_plan_run(fsm_plan *p) {
                         count = least(p->slice / unit_elements + 1, p->units - p->unit);
         const ptrdiff_t grain =
             count / (p->threads * 8) + 1; /* several pieces a thread, so that they end together */
-        fsm_parallel_for(p->threads, count, grain,
-                         p->labels    ? whole_units
-                         : p->direct  ? direct_rows
-                         : p->fused   ? fused_rows
-                         : p->columns ? column_units
-                                      : whole_units,
-                         p);
+        fsm_parallel_shares(p->threads, count, grain, 0,
+                            p->labels    ? whole_units
+                            : p->direct  ? direct_rows
+                            : p->fused   ? fused_rows
+                            : p->columns ? column_units
+                                         : whole_units,
+                            p);
         p->unit += count;
     }
     return p->unit < p->units ? FSM_AGAIN : FSM_DONE;
