@@ -138,6 +138,7 @@ cdef extern from "fastsoftmax.h" nogil:
     const char *fsm_isa_name(const fsm_isa *isa)
     void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x, ptrdiff_t n)
     void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n)
+    double fsm_multiply_add_f32(const fsm_isa *isa, ptrdiff_t count)
 
     int fsm_usable_cpus()
     int fsm_has_openmp()

@@ -989,6 +989,15 @@ def _exp64(ndarray x, name):
     return y
 
 
+def _multiply_add(ptrdiff_t count, name):
+    """How many float32 operations were done: FMAs, for benchmarks to time."""
+    cdef double operations
+    cdef const fsm_isa *chosen = _find_isa(name)
+    with nogil:
+        operations = fsm_multiply_add_f32(chosen, count)
+    return operations
+
+
 # ---- configuration ----
 
 def show_config(mode="stdout"):

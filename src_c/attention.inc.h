@@ -29,6 +29,7 @@
 #define unit_scratch FSM_NAME(unit_scratch)
 #define attend_bytes FSM_NAME(attend_bytes)
 #define attend_layout FSM_NAME(attend_layout)
+#define multiply_add FSM_NAME(multiply_add)
 #define tile_product FSM_NAME(tile_product)
 #define group_scores FSM_NAME(group_scores)
 #define group_scores_n FSM_NAME(group_scores_n)
@@ -150,6 +151,23 @@ FSM_INLINE void tile_product(int rows, int vectors, const real *a, ptrdiff_t row
             for (int v = 0; v < vectors; v++) acc[i][v] = v_fma(one, lane[v], acc[i][v]);
         }
     }
+}
+
+/* What no matrix product can beat: the FMAs of `count` steps of tile_product, with nothing read. How
+ * many operations they were, an FMA being two. The compiler must not know that `one` is 1, or that two
+ * sums are equal: it would do less. */
+static double multiply_add(ptrdiff_t count) {
+    vec acc[ACC_ROWS][3], sum = v_set1(0);
+    const vec one = v_set1((real)(count > 0)), least = v_set1(ULP2);
+    for (int i = 0; i < ACC_ROWS; i++)
+        for (int v = 0; v < 3; v++) acc[i][v] = v_set1((real)(3 * i + v));
+    for (ptrdiff_t t = 0; t < count; t++)
+        for (int i = 0; i < ACC_ROWS; i++)
+            for (int v = 0; v < 3; v++) acc[i][v] = v_fma(acc[i][v], one, least);
+    for (int i = 0; i < ACC_ROWS; i++)
+        for (int v = 0; v < 3; v++) sum = v_add(sum, acc[i][v]);
+    const int used = v_hsum(sum) >= 0; /* always */
+    return 2.0 * used * VL * ACC_ROWS * 3 * (double)count;
 }
 
 /* Calls TILE(rows) for tiles of ACC_ROWS, and of 4, 2 and 1 at the end. */

@@ -71,3 +71,4 @@ void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x, ptrdiff_t n) {
 void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n) {
     isa->f64->exp(out, x, n);
 }
+double fsm_multiply_add_f32(const fsm_isa *isa, ptrdiff_t count) { return isa->f32->fma(count); }

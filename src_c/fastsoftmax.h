@@ -305,6 +305,9 @@ const char *fsm_isa_name(const fsm_isa *isa);
 void fsm_exp_f32(const fsm_isa *isa, float *out, const float *x,
                  ptrdiff_t n); /* the internal exp, x <= 0 */
 void fsm_exp_f64(const fsm_isa *isa, double *out, const double *x, ptrdiff_t n); /* for its tests */
+/* The rate of FMA, for benchmarks: as many in a row as `count` steps of a matrix product, on this
+ * thread, in registers. Returns how many operations they were, an FMA being two. */
+double fsm_multiply_add_f32(const fsm_isa *isa, ptrdiff_t count);
 
 /* Threads. */
 int fsm_usable_cpus(void);  /* min(affinity, cgroup quota), at least 1 */

@@ -182,6 +182,8 @@ typedef struct {
     void (*store)(char *out, ptrdiff_t stride, fsm_dtype dtype, const void *y, ptrdiff_t n);
     void (*exp)(void *out, const void *x, ptrdiff_t n); /* x <= 0; for tests */
 
+    double (*fma)(ptrdiff_t count); /* for benchmarks */
+
     /* Attention. One row a lane, attend_rows of them a group. */
     int attend_rows;
     ptrdiff_t (*attend_scratch)(ptrdiff_t depth, ptrdiff_t v_depth);

@@ -46,6 +46,7 @@
         .load_special = special_run,                                                               \
         .store = store_run,                                                                        \
         .exp = exp_array,                                                                          \
+        .fma = multiply_add,                                                                       \
         .attend_rows = GROUP,                                                                      \
         .attend_scratch = attend_bytes,                                                            \
         .attend = attend_unit,                                                                     \

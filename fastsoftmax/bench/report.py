@@ -126,8 +126,8 @@ def print_speed(results, file=None):
         table(rows, ["group", "cases", "geometric mean", "least"], file)
     print(
         "\nfloor: copying the array with np.copyto in as many threads (one below 1 MB), for\n"
-        "logsumexp and decode reading it, k and v; of other attention the time that a float32\n"
-        "matrix product of NumPy's BLAS takes for as many multiplications",
+        "logsumexp and decode reading it, k and v; of other attention the time that as many\n"
+        "float32 FMAs take, in registers",
         file=file,
     )
 

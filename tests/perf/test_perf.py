@@ -11,6 +11,7 @@ measures: a round is a turn of that process, and its time the best of one call d
 import pytest
 
 import fastsoftmax as fs
+from fastsoftmax import _core
 from fastsoftmax.bench.cases import SUITES
 from fastsoftmax.bench.measure import Worker, checked_call
 from fastsoftmax.bench.peers import FLOOR, IMPLEMENTATIONS, US
@@ -30,6 +31,14 @@ def test_right(case):
     if case.dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
     checked_call(US, case.small())
+
+
+def test_operations(isa):
+    """The floor of attention does what it says it did: FMAs of whole vectors, so many a step."""
+    one = _core._multiply_add(1, isa)
+    assert one >= 24
+    assert _core._multiply_add(1000, isa) == 1000 * one
+    assert _core._multiply_add(0, isa) == 0
 
 
 class Clock:
