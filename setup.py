@@ -22,8 +22,8 @@ from setuptools.errors import CompileError, LinkError
 # Flags by compiler_type. They come after those of CFLAGS, and win. None may break the rules of
 # IEEE 754 (-ffast-math) or contract a * b + c: every FMA is explicit in the source.
 GNU = {
-    # Cython's code. -O3 makes it a fifth larger and no faster, alignment is 5 KB of a wheel. With -O1
-    # it would be 26 KB less, and small calls 3 % slower; with -Os 90 KB and 15 %.
+    # Cython's code. -O3 makes it a fifth larger and no faster, alignment is 5 KB of a wheel. With
+    # -O1 it would be 26 KB less, and small calls 3 % slower; with -Os 90 KB and 15 %.
     "module": "-O2 -fno-align-functions -fno-align-jumps -fno-align-loops -fno-align-labels",
     "library": "-O3 -fno-split-loops",  # split they were no faster, and 15 KB of a wheel
     # No unwind tables: C never unwinds, and they are 27 KB of a wheel.

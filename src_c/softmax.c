@@ -449,7 +449,7 @@ static void fill_special(const fsm_plan *p, unit_place at, const fsm_state *st, 
     for (int l = 0; l < at.rows; l++) {
         for (ptrdiff_t i = 0, k; i < p->n && is_special(p, st, l); i += k) {
             const fsm_run run = run_at(p, &at, FSM_X, i, axis_step, 1);
-            k = least(even_run(p, i), least(p->n - i, p->scratch_elements));
+            k = least(even_run(p, i), p->scratch_elements);
             p->kernels->load_special(scratch, &run, k, excluded);
             p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT),
                               p->dtype[FSM_OUT], scratch, k);

@@ -661,3 +661,26 @@ def test_merge_has_no_minus_zero(isa, dtype):
     zeros, lse = np.full((2, 19), -0.0, dtype), np.zeros(2, compute_type(dtype))
     out, _ = fs.merge_attention(zeros, lse, zeros, lse)
     assert_plus_zero(out)
+
+
+@pytest.mark.parametrize("at", (0, 1 << 17, 1 << 18))
+def test_nan_in_any_part_of_a_row_cut_for_threads(isa, threads, at):
+    """The maxima of the parts are put together; one that is NaN, be it the first, is not lost."""
+    threads(2)
+    x = np.zeros((1 << 18) + 5000, np.float32)
+    x[at] = NAN
+    assert np.isnan(fs.softmax(x)).all()
+    assert np.isnan(fs.logsumexp(x))
+
+
+def test_row_of_several_slices(isa):
+    """Between slices, of four million elements here, the caller looks for signals."""
+    n = 9_000_001
+    assert_same_bits(fs.softmax(np.broadcast_to(0.5, n)), np.full(n, 1 / n), isa)
+
+
+def test_positive_log_probabilities(isa):
+    """No log_softmax gives one, but another library's rounding may."""
+    y, grad = np.array([1e-7, 0.5, -1], np.float32), np.array([0.25, 1, 2], np.float32)
+    got = fs.log_softmax_backward(grad, y)
+    np.testing.assert_allclose(got, grad - 3.25 * np.exp(y.astype(float)), rtol=1e-6)
