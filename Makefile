@@ -8,7 +8,7 @@ STUBS = fastsoftmax._core fastsoftmax.compat.scipy fastsoftmax.compat.torch
 C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 EXAMPLES = $(wildcard examples/*/*/*.c)
 
-.PHONY: help build test full fuzz mutate coverage lint format docs plots asm wheel sanitize half tsan \
+.PHONY: help build test full long fuzz mutate coverage lint format docs plots asm wheel sanitize half tsan \
 	valgrind emulate cross clean
 .DEFAULT_GOAL = help
 SHELL = /bin/bash
@@ -23,13 +23,15 @@ build:  ## build the package in place and install it, editable, with what the te
 test:  ## run the tests (after make build)
 	$(PYTHON) -m pytest
 
-full:  ## run the tests that take longer (after make build)
+full: long fuzz mutate  ## all that takes longer than make test (after make build): an hour
+
+long:  ## the tests of pytest that take longer
 	$(PYTHON) -m pytest -m full
 
-fuzz:  ## a million random calls of the Python API (after make build): most of an hour
+fuzz:  ## a million random calls of the Python API: a quarter of an hour
 	$(PYTHON) tests/fuzz.py --calls 1000000
 
-mutate:  ## 150 small errors in the C sources, of which the tests should notice every one: an hour
+mutate:  ## 150 small errors in the C sources, of which the tests should notice every one
 	$(PYTHON) tests/mutate.py
 
 coverage:  ## lines and branches that run in the tests; needs pip install ".[test,coverage]"

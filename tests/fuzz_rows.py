@@ -232,7 +232,7 @@ def cross_entropy(d):
         true = reference_gradients.cross_entropy(
             logits, labels, axis, weight=weight, label_smoothing=label_smoothing, **common, **more
         )
-        z, _, seen, w, each = reference_gradients._classes(
+        z, at, seen, w, each = reference_gradients._classes(
             logits, labels, axis, weight, ignore_index, WIDE
         )
         plain = reference_gradients.cross_entropy(logits, labels, axis, reduction="none", **common)
@@ -240,7 +240,8 @@ def cross_entropy(d):
         bound = ULPS[inner] * one_ulp(plain, inner) + n * DROPPED[inner]
         bound = ((1 - s) * w + (s / n * each.sum() if n else 0)) * bound
         if s and n:  # in float64
-            size = np.abs(each * z).sum(-1) + each.sum() * plain
+            own = np.abs(np.take_along_axis(z, at, -1)[..., 0])  # lse is plain + z of the label
+            size = np.abs(each * z).sum(-1) + each.sum() * (plain + own)
             bound = bound + (n + 8) * EPSILON[F64] * s / n * size
         bound = np.where(seen, bound, 0)
         if more.get("reduction") != "none":

@@ -48,7 +48,7 @@ TESTS = {
     "test_attention_varlen.py": r"attention\.c",
     "test_attention_memory.py": "attention.inc|decode|score",
     "test_attention_backward.py": r"attention_backward|score",
-    "test_special.py": r"softmax|backward\.inc",
+    "test_special.py": r"softmax|backward\.inc|load",
     "test_guard_pages.py": "(?!attention|decode|score)",
     "test_exp.py": "exp|vec",
 }

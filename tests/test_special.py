@@ -684,3 +684,13 @@ def test_positive_log_probabilities(isa):
     y, grad = np.array([1e-7, 0.5, -1], np.float32), np.array([0.25, 1, 2], np.float32)
     got = fs.log_softmax_backward(grad, y)
     np.testing.assert_allclose(got, grad - 3.25 * np.exp(y.astype(float)), rtol=1e-6)
+
+
+@every_dtype
+def test_fields_of_packed_records(isa, dtype):
+    """Steps of one byte more than a number has, and no alignment."""
+    x = normal(70, dtype, 2.0, "records")
+    records = np.zeros(70, [("kind", np.uint8), ("x", dtype)])
+    records["x"] = x
+    for function in FAMILY:
+        assert_same_bits(function(records["x"]), function(x), isa)
