@@ -654,10 +654,35 @@ static void *team_caller(void *unused) {
     return unused;
 }
 
+enum { UNITS = 1000 };
+static atomic_int done[UNITS];
+
+static void do_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
+    for (ptrdiff_t i = begin; i < end; i++) atomic_fetch_add(&done[i], 1);
+    (void)context, (void)thread;
+}
+
+/* Each unit is done once, whatever the shares; more threads than shares have some in common. */
+static void shares(const test *t) {
+    static const ptrdiff_t counts[] = {0, 1, 2, 7, 64, 65, UNITS}, grains[] = {1, 3, 64};
+    static const int threads[] = {1, 2, 3, 5, 70}; /* 70 once: they are slow to meet */
+    for (int k = 0; k < 2 * COUNT(counts) * COUNT(grains) * COUNT(threads); k++) {
+        const ptrdiff_t n = counts[k / 2 % COUNT(counts)];
+        const ptrdiff_t grain = grains[k / 2 / COUNT(counts) % COUNT(grains)];
+        const int team = threads[k / 2 / COUNT(counts) / COUNT(grains)];
+        ptrdiff_t right = 0;
+        if (team == 70 && (n < UNITS || grain > 1)) continue;
+        fsm_parallel_shares(team, n, grain, k % 2, do_units, NULL);
+        for (ptrdiff_t i = 0; i < UNITS; i++) right += atomic_exchange(&done[i], 0) == (i < n);
+        expect(right == UNITS, t, isas[0], "units done once, of 1000", right);
+    }
+}
+
 static void teams(fsm_op op) {
     const test t = usual(0, op, 1, 1);
     pthread_t thread[TEAM_CALLERS];
     if (op != FSM_SOFTMAX) return;
+    shares(&t);
     for (int k = 0; k < TEAM_CALLERS; k++)
         if (pthread_create(&thread[k], NULL, team_caller, NULL)) abort();
     for (int k = 0; k < TEAM_CALLERS; k++) pthread_join(thread[k], NULL);
