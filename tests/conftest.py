@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,8 @@ _MAXIMA = pytest.StashKey[dict]()
 
 def pytest_configure(config):
     config.stash[_MAXIMA] = {}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a script's `command &` starts it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config):
