@@ -181,8 +181,7 @@ typedef struct {
                          double excluded); /* NaN if it takes part, else `excluded` */
     void (*store)(char *out, ptrdiff_t stride, fsm_dtype dtype, const void *y, ptrdiff_t n);
     void (*exp)(void *out, const void *x, ptrdiff_t n); /* x <= 0; for tests */
-
-    double (*fma)(ptrdiff_t count); /* for benchmarks */
+    double (*fma)(ptrdiff_t count);                     /* for benchmarks */
 
     /* Attention. One row a lane, attend_rows of them a group. */
     int attend_rows;

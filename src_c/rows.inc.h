@@ -20,6 +20,12 @@
 #define middle_maps_as FSM_NAME(middle_maps_as)
 #define middle_maps_to FSM_NAME(middle_maps_to)
 #define middle_maps FSM_NAME(middle_maps)
+#define lines FSM_NAME(lines)
+#define whole_lines FSM_NAME(whole_lines)
+#define write_lines FSM_NAME(write_lines)
+#define exp_rows_as FSM_NAME(exp_rows_as)
+#define exp_rows FSM_NAME(exp_rows)
+#define to_line FSM_NAME(to_line)
 #define middle_fold FSM_NAME(middle_fold)
 #define row_exp FSM_NAME(row_exp)
 #define rows_long FSM_NAME(rows_long)
@@ -87,10 +93,15 @@ static void flush(pending *p) {
     p->count = 0;
 }
 
+/* Elements from `at` to where a line of memory begins. */
+FSM_INLINE ptrdiff_t to_line(const real *at) {
+    return (ptrdiff_t)(-(uintptr_t)at % FSM_ALIGN / sizeof(real));
+}
+
 /* The beginning of a row, up to where a line begins; returns how many elements. */
 FSM_INLINE ptrdiff_t nt_begin(int log, real *out, fsm_dtype dtype, const void *x, map_vref map,
                               pending *p) {
-    const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)out % FSM_ALIGN / sizeof(real));
+    const ptrdiff_t head = to_line(out);
     const int completes = p->count + head == LINE && p->at + p->count == out;
     if (!completes) flush(p);
     for (ptrdiff_t i = 0; i < head; i += VL) {
@@ -308,6 +319,52 @@ FSM_APART void middle_spans(fsm_dtype dtype, fsm_state *st, const char *x, ptrdi
 #undef CALL
 }
 
+/* Results that are still to be written past the caches, whole lines of memory, n elements. */
+typedef struct {
+    real *to;
+    const real *from;
+    ptrdiff_t n;
+} lines;
+
+/* The lines of n results that are to go to `at`. If it is within a line, what belongs to that is
+ * written, in the ordinary way; the last ones may be less than a line, and are left. */
+FSM_INLINE lines whole_lines(real *at, const real *from, ptrdiff_t n) {
+    const ptrdiff_t begun = to_line(at);
+    memcpy(at, from, (size_t)begun * sizeof(real));
+    return (lines){at + begun, from + begun, (n - begun) / LINE * LINE};
+}
+
+/* Write as many lines of them as hold n elements. */
+FSM_INLINE void write_lines(lines *w, ptrdiff_t n) {
+    const ptrdiff_t end = n < w->n ? n : w->n;
+    ptrdiff_t i = 0;
+    for (; i < end; i += LINE)
+        for (int j = 0; j < LINE; j += VL) v_store_nt(w->to + i + j, v_load(w->from + i + j));
+    *w = (lines){w->to + i, w->from + i, w->n - i};
+}
+
+/* exp_run for rows of one state; `ask`, which is not NULL, is asked for as x is read, and after each
+ * row as many elements of w are written. */
+FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride,
+                            int rows, ptrdiff_t n, const fsm_state *st, int shift, int normal,
+                            const char *ask, lines *w) {
+    for (int l = 0; l < rows; l++) {
+        exp_run_as(dtype, e[l], x + l * stride, n, row_ref(st, l), shift, normal,
+                   ask ? ask + l * stride : NULL);
+        write_lines(w, n);
+    }
+}
+
+FSM_NONNULL FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x,
+                                    ptrdiff_t stride, int rows, ptrdiff_t n, const fsm_state *st,
+                                    const char *ask, lines *w) {
+#define CALL(DTYPE)                                                                \
+    if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL, w); \
+    else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, DTYPE == REAL_DTYPE ? ask : NULL, w)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
 /* The sums of the rows whose exp lies at e[l], each in two vectors of counts. */
 FSM_APART void middle_sums(vec *hi, vec *lo, real *const *e, int rows, ptrdiff_t n) {
     for (int l = 0; l < rows; l++) {
@@ -367,7 +424,7 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
     const int in_out = op == FSM_SOFTMAX && out_dtype == REAL_DTYPE && !past;
     ptrdiff_t special = 0, left = 0; /* of the last block, in front of own */
     real both[2][LINE + 2 * FSM_BLOCK + VL * MIDDLE_ROW], *own = both[0];
-    lines ready = {0};
+    lines waiting = {0};
     fsm_state st;
     for (ptrdiff_t r = 0; r < w->rows; r += block) {
         const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
@@ -383,7 +440,7 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + left + l * n;
         const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
         const char *ask = whole ? x + block * w->x_stride : x; /* x: as good as nothing */
-        exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask, &ready);
+        exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask, &waiting);
         middle_sums(hi, lo, e, rows, n);
         for (int g = 0; g < rows; g += VL) {
             middle_fold(&st.sum, g, hi + g, 0, (n + VL - 1) / VL);
@@ -401,16 +458,16 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
             if (is_special(LANE(st.max)[l])) fill_row(out_dtype, out + l * w->out_stride, n, NAN);
         if (past) {
             real *const end = own + left + rows * n;
-            write_lines(&ready, ready.n);
-            ready = whole_lines((real *)(w->out + r * w->out_stride) - left, own, end - own);
-            const real *const rest = ready.from + ready.n;
+            write_lines(&waiting, waiting.n);
+            waiting = whole_lines((real *)(w->out + r * w->out_stride) - left, own, end - own);
+            const real *const rest = waiting.from + waiting.n;
             own = own == both[0] ? both[1] : both[0];
             left = end - rest;
             memcpy(own, rest, (size_t)(left * size));
         }
     }
     if (past) {
-        write_lines(&ready, ready.n);
+        write_lines(&waiting, waiting.n);
         memcpy((real *)(w->out + w->rows * w->out_stride) - left, own, (size_t)(left * size));
         store_fence();
     }

@@ -65,6 +65,7 @@ struct fsm_plan {
     fsm_state *states; /* wide: that of the unit, then one a thread */
 
     ptrdiff_t unit, next_chunk; /* where the next slice starts */
+    ptrdiff_t first_chunk;      /* of this slice, in the row */
     pass_id pass_at;
     unit_place place; /* wide: of the unit */
 };
@@ -639,7 +640,7 @@ static void whole_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
 
 static void wide_chunks(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const fsm_plan *p = context;
-    for (ptrdiff_t c = begin + p->next_chunk; c < end + p->next_chunk; c++) {
+    for (ptrdiff_t c = begin + p->first_chunk; c < end + p->first_chunk; c++) {
         const ptrdiff_t first = c * p->chunk;
         do_pass(p, &p->place, p->pass_at, &p->states[1 + thread], first,
                 first + least(p->chunk, p->n - first), scratch_of(p, thread), 0);
@@ -665,7 +666,9 @@ static void run_wide(fsm_plan *p) {
         memset(&own->nonfinite, 0, sizeof own->nonfinite);
     }
     /* every other pass goes back: it begins with what the caches still hold */
-    fsm_parallel_shares(p->threads, count, 1, p->pass_at == PASS_SUM, wide_chunks, p);
+    const int back = p->pass_at == PASS_SUM;
+    p->first_chunk = back ? p->chunks - p->next_chunk - count : p->next_chunk;
+    fsm_parallel_shares(p->threads, count, 1, back, wide_chunks, p);
     for (int t = 0; t < p->threads && p->pass_at != PASS_MAP; t++)
         p->kernels->merge(st, &p->states[1 + t]);
     p->next_chunk += count;

@@ -20,11 +20,6 @@
 #define exp_steps FSM_NAME(exp_steps)
 #define exp_run FSM_NAME(exp_run)
 #define exp_run_as FSM_NAME(exp_run_as)
-#define lines FSM_NAME(lines)
-#define whole_lines FSM_NAME(whole_lines)
-#define write_lines FSM_NAME(write_lines)
-#define exp_rows FSM_NAME(exp_rows)
-#define exp_rows_as FSM_NAME(exp_rows_as)
 #define run_sum FSM_NAME(run_sum)
 #define run_fold FSM_NAME(run_fold)
 #define run_vsum FSM_NAME(run_vsum)
@@ -267,52 +262,6 @@ FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp
     else if (REGISTERS < 32 && ask && DTYPE == REAL_DTYPE)    \
         exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask);           \
     else exp_run_as(DTYPE, e, x, n, ref, 0, 1, NULL)
-    SWITCH_DTYPE(dtype, CALL);
-#undef CALL
-}
-
-/* Results that are still to be written past the caches, whole lines of memory, n elements. */
-typedef struct {
-    real *to;
-    const real *from;
-    ptrdiff_t n;
-} lines;
-
-/* The lines of n results that are to go to `at`. If it is within a line, what belongs to that is
- * written, in the ordinary way; the last ones may be less than a line, and are left. */
-FSM_INLINE lines whole_lines(real *at, const real *from, ptrdiff_t n) {
-    const ptrdiff_t begun = -(uintptr_t)at % FSM_ALIGN / sizeof(real);
-    memcpy(at, from, (size_t)begun * sizeof(real));
-    return (lines){at + begun, from + begun, (n - begun) / LINE * LINE};
-}
-
-/* Write as many lines of them as hold n elements. */
-FSM_INLINE void write_lines(lines *w, ptrdiff_t n) {
-    const ptrdiff_t end = n < w->n ? n : w->n;
-    ptrdiff_t i = 0;
-    for (; i < end; i += LINE)
-        for (int j = 0; j < LINE; j += VL) v_store_nt(w->to + i + j, v_load(w->from + i + j));
-    *w = (lines){w->to + i, w->from + i, w->n - i};
-}
-
-/* The same for rows of one state; `ask`, which is not NULL, is asked for as x is read, and after each
- * row as many elements of w are written. */
-FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride,
-                            int rows, ptrdiff_t n, const fsm_state *st, int shift, int normal,
-                            const char *ask, lines *w) {
-    for (int l = 0; l < rows; l++) {
-        exp_run_as(dtype, e[l], x + l * stride, n, row_ref(st, l), shift, normal,
-                   ask ? ask + l * stride : NULL);
-        write_lines(w, n);
-    }
-}
-
-FSM_NONNULL FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x,
-                                    ptrdiff_t stride, int rows, ptrdiff_t n, const fsm_state *st,
-                                    const char *ask, lines *w) {
-#define CALL(DTYPE)                                                                \
-    if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL, w); \
-    else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, DTYPE == REAL_DTYPE ? ask : NULL, w)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
