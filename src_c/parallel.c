@@ -306,7 +306,9 @@ static void in_shares(int threads, int shares, ptrdiff_t n, ptrdiff_t grain, int
                     const ptrdiff_t first = n / shares * s + least(s, n % shares);
                     const ptrdiff_t size = n / shares + (s < n % shares);
                     ptrdiff_t i;
-                    while ((i = atomic_fetch_add(&cut[s].taken, grain)) < size) {
+                    /* relaxed: units are independent, and ThreadSanitizer is to see if not */
+                    while ((i = atomic_fetch_add_explicit(&cut[s].taken, grain,
+                                                          memory_order_relaxed)) < size) {
                         const ptrdiff_t count = least(grain, size - i);
                         const ptrdiff_t begin = first + (backward ? size - i - count : i);
                         body(context, thread, begin, begin + count);

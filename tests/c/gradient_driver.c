@@ -28,6 +28,7 @@ typedef struct {
     ptrdiff_t lead, kv_heads, share, queries, keys, depth, v_depth;
     int causal, biased, capped, layout, threads;
     uint64_t seed;
+    int meet; /* bit d: the bias is broadcast along dimension d, and its gradient summed */
 } test;
 
 static fsm_dtype compute_of(const test *t) { return t->type == FSM_F64 ? FSM_F64 : FSM_F32; }
@@ -35,10 +36,10 @@ static fsm_dtype compute_of(const test *t) { return t->type == FSM_F64 ? FSM_F64
 static void expect(int ok, const test *t, const fsm_isa *isa, const char *what) {
     if (!tell(ok)) return;
     printf("FAILED on %s: %s\n    %s, %td x (%td x %td) heads, %td queries, %td keys, depths %td "
-           "and %td, causal %d, bias %d, softcap %d, %s, %d threads\n",
+           "and %td, causal %d, bias %d, meet %d, softcap %d, %s, %d threads\n",
            fsm_isa_name(isa), what, type_names[t->type], t->lead, t->kv_heads, t->share, t->queries,
-           t->keys, t->depth, t->v_depth, t->causal, t->biased, t->capped, layouts[t->layout].name,
-           t->threads);
+           t->keys, t->depth, t->v_depth, t->causal, t->biased, t->meet, t->capped,
+           layouts[t->layout].name, t->threads);
 }
 
 /* A number of operand o, in [-1, 1]. */
@@ -62,6 +63,10 @@ static char *element(const array *a, const ptrdiff_t at[DIMS]) {
 
 /* ---- attention ---- */
 
+static int meets(const test *t, int o, int d) {
+    return (o == FSM_ATTN_BIAS || o == FSM_ATTN_DBIAS) && t->meet >> d & 1;
+}
+
 static void extents(const test *t, int o, ptrdiff_t extent[DIMS]) {
     const int of_keys = o == FSM_ATTN_K || o == FSM_ATTN_V || o == FSM_ATTN_DK || o == FSM_ATTN_DV;
     const int narrow = o == FSM_ATTN_Q || o == FSM_ATTN_K || o == FSM_ATTN_DQ || o == FSM_ATTN_DK;
@@ -72,6 +77,8 @@ static void extents(const test *t, int o, ptrdiff_t extent[DIMS]) {
                 : o == FSM_ATTN_BIAS || o == FSM_ATTN_DBIAS ? t->keys
                 : narrow                                    ? t->depth
                                                             : t->v_depth;
+    for (int d = 0; d < DIMS; d++)
+        if (meets(t, o, d)) extent[d] = 1;
 }
 
 static int has(const test *t, int o) {
@@ -94,7 +101,10 @@ static fsm_dtype type_of(const test *t, int o) {
 }
 
 static double operand(const test *t, int o, const ptrdiff_t at[DIMS]) {
-    return rounded_to(type_of(t, o), draw(t, o, at));
+    ptrdiff_t e[DIMS];
+    extents(t, o, e);
+    for (int d = 0; d < DIMS; d++) e[d] = at[d] % e[d];
+    return rounded_to(type_of(t, o), draw(t, o, e));
 }
 
 /* Gradients of one query, added up: all but dk and dv go where they belong, too. */
@@ -106,7 +116,7 @@ typedef struct {
 static ptrdiff_t place(const test *t, int o, ptrdiff_t b, ptrdiff_t h, ptrdiff_t r, ptrdiff_t i) {
     ptrdiff_t e[DIMS];
     extents(t, o, e);
-    return ((b * e[H] + h) * e[R] + r) * e[I] + i;
+    return ((b % e[B] * e[H] + h % e[H]) * e[R] + r % e[R]) * e[I] + i % e[I];
 }
 
 static void add(const test *t, truth *w, int o, ptrdiff_t place, long double x) {
@@ -202,7 +212,8 @@ static void run(const test *t, const fsm_isa *isa, const truth *w, char *into) {
         } while (next(at, extent));
         guard(&a[o], !result);
         p.operand[o] = (fsm_array){a[o].first, type_of(t, o), {0}};
-        memcpy(p.operand[o].strides, a[o].stride, sizeof a[o].stride);
+        for (int d = 0; d < DIMS; d++)
+            p.operand[o].strides[d] = meets(t, o, d) ? 0 : a[o].stride[d];
     }
     fsm_attention_backward_plan *plan;
     fsm_status status = fsm_attention_backward_new(&plan, &p);
@@ -287,12 +298,15 @@ static void attention(void) {
                      .capped = (int)(h >> 22 & 1),
                      .layout = (int)(k / 4 % COUNT(layouts)),
                      .threads = 1 + (int)(k % 3),
-                     .seed = k});
+                     .seed = k,
+                     .meet = (int)(h >> 23 & 15)});
     }
     /* several parts */
-    for (uint64_t k = 0; k < 4; k++)
-        check((test){types[2 + k % 2], 1, 1, 2, 300, 530, 3, 4, (int)k / 2, 0, 0, (int)k, 3,
-                     1000 * ONE_IN + k * ONE_IN});
+    for (uint64_t k = 0; k < 4; k++) {
+        static const int meet[] = {0, 1 << R | 1 << I};
+        check((test){types[2 + k % 2], 1, 1, 2, 300, 530, 3, 4, (int)k / 2, (int)k / 2, 0, (int)k,
+                     3, (1000 + k) * ONE_IN, meet[k % 2]});
+    }
 }
 
 /* ---- cross entropy ---- */

@@ -192,6 +192,7 @@ static int tell(int ok) { /* whether to say more: of the first failures, enough 
 
 static void choose_isas(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0); /* a failure is told even if the next test crashes */
+    fsm_openmp_limit(); /* LLVM's OpenMP raises a floating-point flag when it is first asked */
     for (int i = 0; fsm_isa_at(i); i++) {
         int chosen = argc == 1;
         scalar = fsm_isa_at(i); /* the last one */

@@ -104,7 +104,8 @@ static fsm_status packed(int threads, float *out) {
     return status;
 }
 
-static fsm_status gradients(int threads, float *out) { /* dk and dv: what pieces add to together */
+/* dk and dv, and of one number of bias for all: what pieces add to together. */
+static fsm_status gradients_of(int threads, float *out, int biased) {
     enum { QUERIES = 300, Q_SIZE = 8 * QUERIES * 8, K_SIZE = 4 * 1024 * 8 };
     fsm_attention a = attention_of(threads, weights, QUERIES);
     fsm_attention_backward_plan *plan;
@@ -115,18 +116,30 @@ static fsm_status gradients(int threads, float *out) { /* dk and dv: what pieces
     a.operand[FSM_ATTN_DQ].data = (char *)out;
     a.operand[FSM_ATTN_DK].data = (char *)(out + Q_SIZE);
     a.operand[FSM_ATTN_DV].data = (char *)(out + Q_SIZE + K_SIZE);
+    if (biased) {
+        a.operand[FSM_ATTN_BIAS] = (fsm_array){(char *)weights, FSM_F32, {0}};
+        a.operand[FSM_ATTN_DBIAS] = (fsm_array){(char *)(out + Q_SIZE + 2 * K_SIZE), FSM_F64, {0}};
+    }
     fsm_status status = fsm_attention_backward_new(&plan, &a);
     while (status == FSM_AGAIN) status = fsm_attention_backward_run(plan);
     fsm_attention_backward_free(plan);
     return status;
 }
 
+static fsm_status gradients(int threads, float *out) { return gradients_of(threads, out, 0); }
+
+static fsm_status gradient_of_bias(int threads, float *out) {
+    return gradients_of(threads, out, 1);
+}
+
 static const struct {
     const char *name;
     call call;
-} calls[] = {{"rows", rows},        {"one row", one_row},   {"columns", columns},
-             {"fused", fused},      {"backward", backward}, {"attention", many_queries},
-             {"decode", one_query}, {"packed", packed},     {"gradients", gradients}};
+} calls[] = {{"rows", rows},           {"one row", one_row},
+             {"columns", columns},     {"fused", fused},
+             {"backward", backward},   {"attention", many_queries},
+             {"decode", one_query},    {"packed", packed},
+             {"gradients", gradients}, {"gradient of bias", gradient_of_bias}};
 
 /* ---- at once ---- */
 
