@@ -26,7 +26,7 @@ export FASTSOFTMAX_COVERAGE=1
 "$python" setup.py -q build_ext --inplace
 # Left out: what asks for numbers again and again, or for none of the core; the scalar kernels, which the
 # drivers run; and, since under line tracing the exception of a signal's handler may get lost, signals.
-chosen='not scalar and not signal_handler and not ctrl_c and not index_counts'
+chosen='not scalar and not signal_handler and not ctrl_c and not index_counts and not interrupted'
 without=(accuracy fuzz hypothesis attention_hypothesis reference reference_attention cli
     reference_gradients compat dask doctests ecosystem examples packaging typing)
 # The programs that tests compile leave their counts beside them, in --basetemp.
