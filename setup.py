@@ -32,6 +32,7 @@ GNU = {
     "-fno-asynchronous-unwind-tables",
     "openmp": "-fopenmp",
     "link openmp": "-fopenmp",
+    "plans": "-O2",  # how work is cut: not where the time goes
     "scalar": "-Os",  # portable C is the last resort: half the size, in a wheel of three ISAs
     "coverage": "-O0 --coverage -fprofile-update=atomic -DCYTHON_TRACE=1",
     "link coverage": "--coverage",
@@ -45,7 +46,7 @@ MSVC = {
     "avx2": "/arch:AVX2",
     "avx512": "/arch:AVX512",
 }
-LIBRARY = "attention", "attention_backward", "dispatch", "embed", "parallel", "parts", "softmax"
+PLANS = "attention", "attention_backward", "dispatch", "embed", "parallel", "parts", "softmax"
 COVERAGE = os.environ.get("FASTSOFTMAX_COVERAGE") == "1"
 FLAGS = {"unix": GNU, "mingw32": GNU, "msvc": MSVC}
 
@@ -81,20 +82,20 @@ class BuildExt(build_ext):
             flags += ["openmp"]
             ext.extra_link_args += self.flags("link openmp")
         os.makedirs(self.build_temp, exist_ok=True)
-        parts = [("isa_" + isa, isa) for isa in isas] + [(name, "") for name in LIBRARY]
+        parts = [("isa_" + isa, isa) for isa in isas] + [(name, "plans") for name in PLANS]
         with ThreadPoolExecutor() as pool:  # an ISA takes a compiler half a minute
             ext.extra_objects = list(pool.map(lambda part: self.compiled(ext, flags, *part), parts))
         ext.extra_compile_args = self.flags("module", *flags)
         super().build_extension(ext)
 
-    def compiled(self, ext, flags, name, isa):
+    def compiled(self, ext, flags, name, kind):
         """Compile a source of the C library; the name of the object file."""
         (name,) = self.compiler.compile(
             [f"src_c/{name}.c"],
             self.build_temp,
             macros=ext.define_macros,
             include_dirs=ext.include_dirs,
-            extra_postargs=self.flags("library", *flags, isa),
+            extra_postargs=self.flags("library", *flags, kind),
         )
         return name
 

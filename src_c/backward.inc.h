@@ -111,7 +111,7 @@ FSM_INLINE void backward_sum(int log, fsm_state *st, const fsm_tile *t, int fine
                 const ptrdiff_t k = s == w.steps - 1 ? w.tail : VL;
                 vec term = backward_term(log, load_part(x + s * w.stride, k),
                                          load_part(y + s * w.stride, k));
-                vsum_add(&sum, v_mul(v_mul(term, s1), s2), 3, fine);
+                vsum_add(&sum, v_mul(v_mul(term, s1), s2), 3, 0, fine);
             }
             fold_vsum(st, g, &sum, adds, 3, fine);
         }

@@ -155,7 +155,11 @@ static void columns_all(fsm_op op, const fsm_columns *c) {
     reference_pass(&st);
     lane_sum(&st, op == FSM_SOFTMAX ? tile : NULL, tile, c->n, c->n > EXACT_COARSE, c->n * VL, VL);
     finish_pass(op, &st);
+    if (op == FSM_SOFTMAX && !st.normal) { /* what is left is y - 0 - 0 */
+        far_lanes(&st, tile, c->n, c->n * VL, VL);
+        for (int l = 0; l < lanes; l++) LANE(st.value[0])[l] = LANE(st.value[1])[l] = 0;
+    }
     if (op == FSM_LOGSUMEXP)
         store_run(c->out, float_size(c->out_dtype), c->out_dtype, LANE(st.value[0]), c->rows);
-    else columns_out(c->out_dtype, &st, tile, op == FSM_LOG_SOFTMAX, c);
+    else columns_out(c->out_dtype, &st, tile, op == FSM_LOG_SOFTMAX || !st.normal, c);
 }

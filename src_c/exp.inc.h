@@ -23,7 +23,7 @@
  * p = 1 + (s + (r^2 q(r) + low)) is a minimax polynomial (derive_exp.py), added up so that next to
  * the rounding of e itself there is one of 2^-26 (2^-55) only: e is within 1.25 * 2^-24 (2^-53),
  * relative, of exp(x - m) (tests/test_exp.py). At the maximum r = 0 and e = 1, exactly. e = fma(p -
- * 1, 2^n, 2^n) is rounded once, also if it is subnormal; nothing is flushed.
+ * 1, 2^n, 2^n) is rounded once, and once more if it is subnormal; nothing is flushed.
  *
  * A sum that has no order
  * -----------------------
@@ -59,6 +59,14 @@
 #define EXP_BIG FSM_NAME(EXP_BIG)
 #define EXP_RANGE FSM_NAME(EXP_RANGE)
 #define EXP_NORMAL FSM_NAME(EXP_NORMAL)
+#define LEAST_EXPONENT FSM_NAME(LEAST_EXPONENT)
+#define UNIT_EXPONENT FSM_NAME(UNIT_EXPONENT)
+#define UNITS FSM_NAME(UNITS)
+#define LEAST_NORMAL FSM_NAME(LEAST_NORMAL)
+#define FAR_BELOW FSM_NAME(FAR_BELOW)
+#define LEAST_REST FSM_NAME(LEAST_REST)
+#define LIFT FSM_NAME(LIFT)
+#define LIFTED_UNIT FSM_NAME(LIFTED_UNIT)
 #define WEIGHTED_RANGE FSM_NAME(WEIGHTED_RANGE)
 #define EXACT_COARSE FSM_NAME(EXACT_COARSE)
 
@@ -72,6 +80,8 @@
 #define exp_split FSM_NAME(exp_split)
 #define exp_begin FSM_NAME(exp_begin)
 #define exp_less_one FSM_NAME(exp_less_one)
+#define from_units FSM_NAME(from_units)
+#define to_units FSM_NAME(to_units)
 #define exp_end FSM_NAME(exp_end)
 #define exp_vec FSM_NAME(exp_vec)
 #define pow2 FSM_NAME(pow2)
@@ -144,9 +154,28 @@ FSM_INLINE vec exp_less_one(exp_mid m) {
     return v_add(m.s, v_fma(r2, q, m.low));
 }
 
+/* A multiplication that meets a subnormal number is done by microcode on Intel, 150 cycles for the
+ * vector; an addition is not. So subnormal numbers are made and read as integers: their bits count
+ * units of 2^-149 (2^-1074).
+ *
+ * y of v = y / unit, v < 2^24 (2^53), rounded to whole units: below 2^23 (2^52) by adding that; above,
+ * where y is normal, its bits are those of 2 v less 24 (53) in the exponent, which is the same. */
+FSM_INLINE vec from_units(vec v) {
+    const vec one = v_set1(UNITS), w = v_add(v, v_max(v, one));
+    return v_from_bits(v_sub_int(v_bits(w), v_bits(one)));
+}
+
+/* v of y < 2^-126 (2^-1022), exact. */
+FSM_INLINE vec to_units(vec y) {
+    const vec one = v_set1(UNITS);
+    return v_sub(v_from_bits(v_add_int(v_bits(y), v_bits(one))), one);
+}
+
 FSM_INLINE vec exp_end(exp_mid m, int normal) {
-    const vec scale = normal ? v_exp2_normal(m.n) : v_exp2(m.n);
-    return v_fma(exp_less_one(m), scale, scale);
+    const vec p = exp_less_one(m), least = v_set1(LEAST_EXPONENT), in_units = v_set1(UNIT_EXPONENT);
+    const vec n = normal ? m.n : v_if_less(m.n, least, v_add(m.n, in_units), m.n);
+    const vec scale = v_exp2_normal(n), e = v_fma(p, scale, scale);
+    return normal ? e : v_if_less(m.n, least, from_units(e), e);
 }
 
 /* 2^t for t <= 0, exactly 1 at 0; NaN stays NaN. t - rint(t) is exact, so the error is that of the
@@ -190,9 +219,10 @@ typedef struct {
 
 FSM_INLINE vsum vsum_zero(void) { return (vsum){{v_set1_int(0), v_set1_int(0), v_set1_int(0)}}; }
 
-/* base: 2 for e in [0, 1], 3 for |e| < 1. fine: the third level. */
-FSM_INLINE void vsum_add(vsum *s, vec e, real base, int fine) {
-    vec t = v_add_m(e, v_set1(base));
+/* base: 2 for e in [0, 1], 3 for |e| < 1. normal: that no e is subnormal, of which multipliers make
+ * an exception, and adders not (exp_end). fine: the third level. */
+FSM_INLINE void vsum_add(vsum *s, vec e, real base, int normal, int fine) {
+    vec t = normal ? v_add_m(e, v_set1(base)) : v_add(e, v_set1(base));
     vec u = v_sub(e, v_sub(t, v_set1(base + 3 * ULP2)));
     s->part[0] = v_add_int(s->part[0], v_bits(t));
     s->part[1] = v_add_int(s->part[1], v_bits(u));

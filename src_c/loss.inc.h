@@ -19,7 +19,7 @@ static void finish_cross_entropy(fsm_state *st) {
     }
 }
 
-/* value[0] + value[1] = g / s, for map_softmax. */
+/* value[0] + value[1] = g / s, for map_loss. */
 static void finish_cross_entropy_backward(fsm_state *st) {
     for (int l = 0; l < st->lanes; l++) {
         const real m = LANE(st->max)[l], x = LANE(st->label)[l];

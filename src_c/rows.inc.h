@@ -23,7 +23,6 @@
 #define lines FSM_NAME(lines)
 #define whole_lines FSM_NAME(whole_lines)
 #define write_lines FSM_NAME(write_lines)
-#define exp_rows_as FSM_NAME(exp_rows_as)
 #define exp_rows FSM_NAME(exp_rows)
 #define to_line FSM_NAME(to_line)
 #define middle_fold FSM_NAME(middle_fold)
@@ -173,15 +172,18 @@ static span map_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state
     const map_ref map = st->map;
     const char *x = w->x + done * w->x_stride;
     char *out = w->out + done * w->out_stride;
-    const real *e = row_exp(op, w, done);
+    real *e = row_exp(op, w, done);
     const void *from = e ? (const void *)e : x;
     if (op == FSM_LOGSUMEXP) store_run(out, 0, w->out_dtype, &map.a, 1);
-    else if (w->nontemporal) /* without a next row the extrema are those of any */
+    else if (e && !st->normal) {
+        flush(rest);
+        far_row(w->out_dtype, out, e, n, map);
+    } else if (w->nontemporal) /* without a next row the extrema are those of any */
         return map_and_span_nt(log, (real *)out, from, w->x_dtype, next ? next : x, n, map, rest);
     else if (next && (log || e) && (w->out_dtype == w->x_dtype || w->out_dtype == REAL_DTYPE))
         return map_and_span(log, w->out_dtype, out, from, w->x_dtype, next, n, map);
     else if (e || log) row_map(w->out_dtype, out, w->x_dtype, from, n, log, map);
-    else exp_map(w->out_dtype, out, w->x_dtype, x, n, st->exp, st->normal, map);
+    else exp_map(w->out_dtype, out, w->x_dtype, x, n, st->exp, st->normal, !st->normal, map);
     return next ? row_span(w->x_dtype, next, n) : (span){0, 0};
 }
 
@@ -242,7 +244,8 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
             st->exp = span_reference(next_span, &st->normal);
             special += is_special(st->max);
         }
-        const int writes = in_sum && done >= 0, with = writes && sums && state[begun & 3].normal;
+        const int writes = in_sum && done >= 0, with = writes && sums && state[begun & 3].normal &&
+                                                       (end->normal || op != FSM_SOFTMAX);
         if (writes && !with) map_of(op, w, done, end, NULL, &rest);
         for (int j = 0; j < FSM_PARTS; j++) sum.parts[j][0] = 0;
         if (sums) {
@@ -343,32 +346,26 @@ FSM_INLINE void write_lines(lines *w, ptrdiff_t n) {
     *w = (lines){w->to + i, w->from + i, w->n - i};
 }
 
-/* exp_run for rows of one state; `ask`, which is not NULL, is asked for as x is read, and after each
- * row as many elements of w are written. */
-FSM_INLINE void exp_rows_as(fsm_dtype dtype, real *const *e, const char *x, ptrdiff_t stride,
-                            int rows, ptrdiff_t n, const fsm_state *st, int shift, int normal,
-                            const char *ask, lines *w) {
-    for (int l = 0; l < rows; l++) {
-        exp_run_as(dtype, e[l], x + l * stride, n, row_ref(st, l), shift, normal,
-                   ask ? ask + l * stride : NULL);
-        write_lines(w, n);
-    }
-}
-
+/* exp_run for rows of one state, which is normal; `ask`, which is not NULL, is asked for as x is read,
+ * and after each row as many elements of w are written. */
 FSM_NONNULL FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x,
                                     ptrdiff_t stride, int rows, ptrdiff_t n, const fsm_state *st,
                                     const char *ask, lines *w) {
-#define CALL(DTYPE)                                                                \
-    if (!st->normal) exp_rows_as(DTYPE, e, x, stride, rows, n, st, 1, 0, NULL, w); \
-    else exp_rows_as(DTYPE, e, x, stride, rows, n, st, 0, 1, DTYPE == REAL_DTYPE ? ask : NULL, w)
+#define CALL(DTYPE)                                                      \
+    for (int l = 0; l < rows; l++) {                                     \
+        exp_run_as(DTYPE, e[l], x + l * stride, n, row_ref(st, l), 0, 1, \
+                   DTYPE == REAL_DTYPE ? ask + l * stride : NULL);       \
+        write_lines(w, n);                                               \
+    }                                                                    \
+    return
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
 
 /* The sums of the rows whose exp lies at e[l], each in two vectors of counts. */
-FSM_APART void middle_sums(vec *hi, vec *lo, real *const *e, int rows, ptrdiff_t n) {
+FSM_APART void middle_sums(vec *hi, vec *lo, real *const *e, int rows, ptrdiff_t n, int normal) {
     for (int l = 0; l < rows; l++) {
-        const vsum s = run_sum(e[l], n, 0);
+        const vsum s = normal ? run_sum(e[l], n, 1, 0) : run_vsum(e[l], n, 0);
         hi[l] = v_from_bits(s.part[0]);
         lo[l] = v_from_bits(s.part[1]);
     }
@@ -440,8 +437,10 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + left + l * n;
         const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
         const char *ask = whole ? x + block * w->x_stride : x; /* x: as good as nothing */
-        exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask, &waiting);
-        middle_sums(hi, lo, e, rows, n);
+        if (st.normal) exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask, &waiting);
+        for (int l = 0; l < rows && !st.normal; l++)
+            exp_run(x_dtype, e[l], x + l * w->x_stride, n, row_ref(&st, l), 0, NULL);
+        middle_sums(hi, lo, e, rows, n, st.normal);
         for (int g = 0; g < rows; g += VL) {
             middle_fold(&st.sum, g, hi + g, 0, (n + VL - 1) / VL);
             middle_fold(&st.sum, g, lo + g, 1, (n + VL - 1) / VL);
@@ -453,7 +452,11 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
         }
         const void *from[FSM_LANES];
         for (int l = 0; l < rows; l++) from[l] = log ? (const void *)(x + l * w->x_stride) : e[l];
-        middle_maps(log, out_dtype, out, w->out_stride, x_dtype, from, rows, n, &st);
+        if (log || st.normal)
+            middle_maps(log, out_dtype, out, w->out_stride, x_dtype, from, rows, n, &st);
+        for (int l = 0; l < rows && !log && !st.normal; l++)
+            far_row(out_dtype, out + l * w->out_stride, e[l], n,
+                    (map_ref){LANE(st.value[0])[l], LANE(st.value[1])[l]});
         for (int l = 0; l < rows && st.special; l++)
             if (is_special(LANE(st.max)[l])) fill_row(out_dtype, out + l * w->out_stride, n, NAN);
         if (past) {

@@ -110,17 +110,22 @@ static ptrdiff_t few_softmax(real *tile, int lanes, ptrdiff_t n) {
         far = v_add(far, v_if_less(size, v_set1(EXP_BIG), zero, one));
         far = v_add(far, v_if_less(v_sub(max[k], least[k]), v_set1(EXP_NORMAL), zero, one));
     }
-    if (v_hsum(far) == 0) few_exp_normal(tile, finite, lanes, n);
+    const int normal = v_hsum(far) == 0;
+    if (normal) few_exp_normal(tile, finite, lanes, n);
     else few_exp(tile, finite, lanes, n, 1, 0);
     for (int g = 0; g < lanes; g += VL) {
         vsum s = vsum_zero();
-        for (ptrdiff_t i = 0; i < n; i++) vsum_add(&s, v_load(tile + i * lanes + g), 2, 0);
+        for (ptrdiff_t i = 0; i < n && normal; i++)
+            vsum_add(&s, v_load(tile + i * lanes + g), 2, 1, 0);
+        for (ptrdiff_t i = 0; i < n && !normal; i++)
+            vsum_add(&s, v_load(tile + i * lanes + g), 2, 0, 0);
         sum[g / VL] = s;
     }
     few_normalisers(a, b, sum, lanes, n);
     for (int g = 0; g < lanes; g += VL) {
         const map_vref map = {v_load(a + g), v_load(b + g)};
-        for (ptrdiff_t i = 0; i < n; i++)
+        if (!normal) far_run(tile + g, lanes, n * VL, map);
+        for (ptrdiff_t i = 0; i < n && normal; i++)
             v_store(tile + i * lanes + g, map_vec(0, v_load(tile + i * lanes + g), map));
     }
     const ptrdiff_t count = (ptrdiff_t)v_hsum(special);

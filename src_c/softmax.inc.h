@@ -56,7 +56,14 @@
 #define finish_softmax FSM_NAME(finish_softmax)
 #define finish_log_softmax FSM_NAME(finish_log_softmax)
 #define finish_logsumexp FSM_NAME(finish_logsumexp)
+#define map_e FSM_NAME(map_e)
 #define map_softmax FSM_NAME(map_softmax)
+#define map_loss FSM_NAME(map_loss)
+#define map_far FSM_NAME(map_far)
+#define far_run FSM_NAME(far_run)
+#define far_row FSM_NAME(far_row)
+#define far_lanes FSM_NAME(far_lanes)
+#define lane_exp FSM_NAME(lane_exp)
 #define map_log_softmax FSM_NAME(map_log_softmax)
 #define begin_state FSM_NAME(begin_state)
 #define merge_state FSM_NAME(merge_state)
@@ -231,7 +238,7 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
                            int shift, int normal, const char *ask) {
     const exp_vref r = exp_broadcast(ref);
     ptrdiff_t i = 0;
-    if (REGISTERS >= 32 && n >= VL) {
+    if (REGISTERS >= 32 && n >= VL && (normal || dtype == REAL_DTYPE)) {
         exp_mid mid = exp_begin(load_as(dtype, x, 0, VL, v_set1(0)), r, shift, normal);
         FSM_UNROLL(4)
         for (i = VL; i + VL <= n; i += VL) {
@@ -267,17 +274,19 @@ FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp
 }
 
 /* The vsum of a run of at most FOLD_EVERY vectors; lanes past the end add 0. */
-FSM_INLINE vsum run_sum(const real *e, ptrdiff_t n, int fine) {
+FSM_INLINE vsum run_sum(const real *e, ptrdiff_t n, int normal, int fine) {
     vsum s = vsum_zero();
     ptrdiff_t i = 0;
     FSM_UNROLL(4)
-    for (; i + VL <= n; i += VL) vsum_add(&s, v_load(e + i), 2, fine);
-    if (i < n) vsum_add(&s, v_load_n(e + i, n - i, v_set1(0)), 2, fine);
+    for (; i + VL <= n; i += VL) vsum_add(&s, v_load(e + i), 2, normal, fine);
+    if (i < n) vsum_add(&s, v_load_n(e + i, n - i, v_set1(0)), 2, normal, fine);
     return s;
 }
 
 /* The same for those who need not have it in a loop of theirs. */
-FSM_APART vsum run_vsum(const real *e, ptrdiff_t n) { return run_sum(e, n, 0); }
+FSM_APART vsum run_vsum(const real *e, ptrdiff_t n, int normal) {
+    return normal ? run_sum(e, n, 1, 0) : run_sum(e, n, 0, 0);
+}
 
 /* The vsum of a run of n elements into the sum of a row. */
 FSM_INLINE void run_fold(fsm_exact_sum *sum, int lane, const vsum *s, ptrdiff_t n, int fine) {
@@ -345,7 +354,7 @@ FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         if (w || ask) FSM_PREFETCH(ask + i * VL * size);                                \
         const vec again = dtype == REAL_DTYPE ? v_load((const real *)x + i * VL) : a.x; \
         v_store(e + i * VL, exp_end(exp_split(again, a.n, r), 1));                      \
-        if (i >= BEHIND) vsum_add(&s, v_load(e + (i - BEHIND) * VL), 2, 0);             \
+        if (i >= BEHIND) vsum_add(&s, v_load(e + (i - BEHIND) * VL), 2, 1, 0);          \
         a = b, b = c, c = d;                                                            \
     } while (0)
         for (; w && i + GROUP <= count - AHEAD && at + GROUP * VL <= last; at += GROUP * VL) {
@@ -364,7 +373,7 @@ FSM_INLINE vsum exp_sum_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         store_as(REAL_DTYPE, e, i * VL, k,
                  exp_vec(load_as(dtype, x, i * VL, k, v_set1(0)), r, 0, 1));
     }
-    const vsum rest = run_vsum(e + done * VL, n - done * VL);
+    const vsum rest = run_vsum(e + done * VL, n - done * VL, 1);
     for (int j = 0; j < 2; j++) s.part[j] = v_add_int(s.part[j], rest.part[j]);
     if (w) write_ready(w, map, at, last);
     return s;
@@ -388,7 +397,7 @@ static vsum row_vsum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_r
     if (!e) e = own;
     if (TOGETHER && normal && !fine) return exp_sum(dtype, e, x, n, &r, ask, w, at);
     exp_run(dtype, e, x, n, ref, normal, ask);
-    return FSM_BITS == 32 && fine ? run_sum(e, n, 1) : run_vsum(e, n);
+    return FSM_BITS == 32 && fine ? run_sum(e, n, 0, 1) : run_vsum(e, n, normal);
 }
 
 /* The same of a row of any length, the sum into that lane: in pieces that stay in the nearest cache
@@ -440,7 +449,8 @@ FSM_INLINE void lane_sum_as(fsm_state *st, real *e, const real *x, ptrdiff_t n, 
             else {
                 exp_steps(to, to_step, x + at, step, k, r, shift, normal, NULL);
                 FSM_UNROLL(4)
-                for (ptrdiff_t j = 0; j < k; j++) vsum_add(&s, v_load(to + j * to_step), 2, fine);
+                for (ptrdiff_t j = 0; j < k; j++)
+                    vsum_add(&s, v_load(to + j * to_step), 2, normal, fine);
             }
             lane_fold(&st->sum, g, &s, k, 2, fine);
         }
@@ -457,16 +467,18 @@ FSM_APART void lane_sum(fsm_state *st, real *e, const real *x, ptrdiff_t n, int 
 
 /* ---- map ---- */
 
-/* 1/sum, to about twice the precision of real. */
+/* 1/sum, to 2^-33 (2^-65), relative, or better: a smaller b is left out, for e b would be subnormal
+ * (map_far). */
 FSM_INLINE map_ref normaliser(const fsm_exact_sum *sum, int lane) {
     const pair s = sum_value(sum, lane);
-    double r = 1 / s.hi;
+    const double r = 1 / s.hi;
 #if FSM_BITS == 32
-    float a = (float)r;
-    return (map_ref){a, (float)(r - a)};
+    const float a = (float)r;
+    const double b = r - a;
 #else
-    return (map_ref){r, r * (fma(-r, s.hi, 1) - r * s.lo)};
+    const double a = r, b = r * (fma(-r, s.hi, 1) - r * s.lo);
 #endif
+    return (map_ref){a, fabs(b) < r * LEAST_REST ? 0 : (real)b};
 }
 
 /* x -> out; x is e, of the compute type, or with log a logit. */
@@ -500,28 +512,67 @@ FSM_APART void row_map(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const vo
 #undef CALL
 }
 
+/* The map of e in a row that is not normal. Where e is so small that e b may be subnormal it is that of
+ * e LIFT (exp_end); of other e it is the same, so rows that are not known to be normal may be done by
+ * it, too. */
+FSM_INLINE vec map_far(vec e, map_vref r) {
+    const vec zero = v_set1(0), far = v_set1(FAR_BELOW), least = v_set1(LEAST_NORMAL),
+              limit = v_set1(LEAST_NORMAL * LIFT), unit = v_set1(LIFTED_UNIT);
+    const vec near = v_if_less(e, far, zero, e), y = v_fma(near, r.a, v_mul(near, r.b));
+    if (!v_any_less(zero, v_if_less(e, far, e, zero))) return y;
+    const vec units = to_units(v_if_less(e, least, e, zero)), some = v_if_less(e, least, zero, e);
+    const vec lifted = v_fma(some, v_set1(LIFT), v_mul(units, unit));
+    const vec high = v_fma(lifted, r.a, v_mul(lifted, r.b));
+    const vec normal = v_mul(v_if_less(high, limit, zero, high), v_set1(1 / LIFT));
+    const vec small = v_mul(v_if_less(high, limit, high, zero), v_set1(1 / LIFTED_UNIT));
+    return v_if_less(e, far, v_if_less(high, limit, from_units(small), normal), y);
+}
+
+/* In place, n elements in vectors that are `step` elements apart. */
+FSM_APART void far_run(real *e, ptrdiff_t step, ptrdiff_t n, map_vref map) {
+    for (; n >= VL; n -= VL, e += step) v_store(e, map_far(v_load(e), map));
+    if (n > 0) v_store_n(e, map_far(v_load_n(e, n, v_set1(0)), map), n);
+}
+
+/* Of a row, to out, which may be e. */
+static void far_row(fsm_dtype out_dtype, void *out, real *e, ptrdiff_t n, map_ref map) {
+    far_run(e, VL, n, (map_vref){v_set1(map.a), v_set1(map.b)});
+    if (out != e) row_map(out_dtype, out, REAL_DTYPE, e, n, 1, (map_ref){0, 0});
+}
+
 /* The map of softmax where exp was not kept: it is computed again, in blocks. */
 static void exp_map(fsm_dtype out_dtype, void *out, fsm_dtype dtype, const void *x, ptrdiff_t n,
-                    exp_ref ref, int normal, map_ref map) {
+                    exp_ref ref, int normal, int far, map_ref map) {
     real e[FSM_BLOCK];
     for (ptrdiff_t i = 0; i < n; i += FSM_BLOCK) {
         const ptrdiff_t k = n - i < FSM_BLOCK ? n - i : FSM_BLOCK;
+        char *to = (char *)out + i * float_size(out_dtype);
         exp_run(dtype, e, (const char *)x + i * float_size(dtype), k, ref, normal, NULL);
-        row_map(out_dtype, (char *)out + i * float_size(out_dtype), REAL_DTYPE, e, k, 0, map);
+        if (far) far_row(out_dtype, to, e, k, map);
+        else row_map(out_dtype, to, REAL_DTYPE, e, k, 0, map);
     }
 }
 
-FSM_INLINE void lane_map(const fsm_state *st, real *out, const real *x, ptrdiff_t n, int log,
-                         int exp) {
+/* exp of lanes, where it was not kept. */
+FSM_APART void lane_exp(const fsm_state *st, real *e, const real *x, ptrdiff_t n) {
+    for (int g = 0; g < st->lanes; g += VL)
+        exp_steps(e + g, st->lanes, x + g, st->lanes, n, lanes_of(st, g), 1, 0, NULL);
+}
+
+FSM_INLINE void lane_map(const fsm_state *st, real *out, const real *x, ptrdiff_t n, int log) {
     const int lanes = st->lanes;
     for (int g = 0; g < lanes; g += VL) {
-        const exp_vref r = lanes_of(st, g);
-        const map_vref mr = {v_load(LANE(st->value[0]) + g), v_load(LANE(st->value[1]) + g)};
-        for (ptrdiff_t i = 0; i < n; i++) {
-            vec a = v_load(x + i * lanes + g);
-            v_store(out + i * lanes + g, map_vec(log, exp ? exp_vec(a, r, 1, 0) : a, mr));
-        }
+        const map_vref map = {v_load(LANE(st->value[0]) + g), v_load(LANE(st->value[1]) + g)};
+        for (ptrdiff_t i = 0; i < n; i++)
+            v_store(out + i * lanes + g, map_vec(log, v_load(x + i * lanes + g), map));
     }
+}
+
+/* In place; vectors of lanes are `group` elements apart, the elements of one `step`. */
+static void far_lanes(const fsm_state *st, real *e, ptrdiff_t n, ptrdiff_t group, ptrdiff_t step) {
+    for (int g = 0; g < st->lanes; g += VL)
+        far_run(e + g / VL * group, step, n * VL,
+                (map_vref){v_load(LANE(st->value[0]) + g), v_load(LANE(st->value[1]) + g)});
 }
 
 /* ---- the passes of the table ---- */
@@ -624,7 +675,8 @@ static void sum_pass(fsm_state *st, const fsm_tile *t) {
 FSM_INLINE void store_normalisers(float *a, float *b, f64_vec sum) {
     const f64_vec r = f64_div(f64_set1(1), sum);
     f64_store_f32(a, r);
-    f64_store_f32(b, f64_sub(r, f64_load_f32(a)));
+    const f64_vec rest = f64_sub(r, f64_load_f32(a)), least = f64_mul(r, f64_set1(f32_LEAST_REST));
+    f64_store_f32(b, f64_if_less(f64_abs(rest), least, f64_set1(0), rest));
 }
 #endif
 
@@ -670,19 +722,32 @@ static void finish_logsumexp(fsm_state *st) {
         LANE(st->value[0])[l] = row_constants(FSM_LOGSUMEXP, LANE(st->max)[l], &st->sum, l).a;
 }
 
-static void map_softmax(const fsm_state *st, const fsm_tile *t) {
+static void map_e(const fsm_state *st, const fsm_tile *t, int far) {
+    real *e = t->e, *out = t->out;
     if (st->lanes == 1) {
         exp_ref r = row_ref(st, 0);
         map_ref m = {LANE(st->value[0])[0], LANE(st->value[1])[0]};
-        if (t->e) row_map(t->out_dtype, t->out, REAL_DTYPE, t->e, t->n, 0, m);
-        else exp_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, r, st->normal, m);
-    } else if (t->e) lane_map(st, t->out, t->e, t->n, 0, 0);
-    else lane_map(st, t->out, t->x, t->n, 0, 1);
+        if (!e) exp_map(t->out_dtype, out, t->x_dtype, t->x, t->n, r, st->normal, far, m);
+        else if (far) far_row(t->out_dtype, out, e, t->n, m);
+        else row_map(t->out_dtype, out, REAL_DTYPE, e, t->n, 0, m);
+        return;
+    }
+    if (!e) lane_exp(st, e = out, t->x, t->n);
+    if (!far) lane_map(st, out, e, t->n, 0);
+    else {
+        far_lanes(st, e, t->n, VL, st->lanes);
+        if (e != out) memcpy(out, e, (size_t)(t->n * st->lanes) * sizeof *e);
+    }
 }
+
+static void map_softmax(const fsm_state *st, const fsm_tile *t) { map_e(st, t, !st->normal); }
+
+/* Of e (a + b), which may be negative or large: they are g / sum (loss.inc.h). */
+static void map_loss(const fsm_state *st, const fsm_tile *t) { map_e(st, t, 0); }
 
 static void map_log_softmax(const fsm_state *st, const fsm_tile *t) {
     if (st->lanes == 1)
         row_map(t->out_dtype, t->out, t->x_dtype, t->x, t->n, 1,
                 (map_ref){LANE(st->value[0])[0], LANE(st->value[1])[0]});
-    else lane_map(st, t->out, t->x, t->n, 1, 0);
+    else lane_map(st, t->out, t->x, t->n, 1);
 }

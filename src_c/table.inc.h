@@ -35,7 +35,7 @@
                 [FSM_CROSS_ENTROPY] = {max_pass, NULL, reference_pass, sum_pass,                   \
                                        finish_cross_entropy, NULL},                                \
                 [FSM_CROSS_ENTROPY_BACKWARD] = {max_pass, NULL, reference_pass, sum_pass,          \
-                                                finish_cross_entropy_backward, map_softmax},       \
+                                                finish_cross_entropy_backward, map_loss},          \
             },                                                                                     \
         .rows = rows_all,                                                                          \
         .columns = columns_all,                                                                    \

@@ -18,6 +18,7 @@
  *     v_exp2_normal(n)   the same for a normal 2^n
  *     v_unless(a, k, b)  a != k ? b : 0
  *     v_if_less(a, b, c, d)  a < b ? c : d, so d where a or b is NaN
+ *     v_any_less(a, b)   whether a < b in some lane
  *     v_canon(a)         a, its NaNs made the canonical one
  *     v_sum_int          the sum of the lanes of an ivec, as signed integers, in 64 bits
  *     f64_load_int       f64_VL integers of 64 bits, of less than 2^51, as float64
@@ -91,6 +92,7 @@
 #define v_exp2_normal FSM_NAME(exp2_normal)
 #define v_unless FSM_NAME(unless)
 #define v_if_less FSM_NAME(if_less)
+#define v_any_less FSM_NAME(any_less)
 #define v_canon FSM_NAME(canon)
 #define v_hmax FSM_NAME(hmax)
 #define v_hsum FSM_NAME(hsum)

@@ -48,8 +48,10 @@ FSM_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm256_max_ps(a, b); }
 FSM_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm256_min_ps(a, b); }
 FSM_INLINE f32_vec f32_abs(f32_vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 FSM_INLINE f32_vec f32_exp2(f32_vec n) { /* see vec_scalar.h */
-    __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127 + 64)));
-    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 23)), _mm256_set1_ps(0x1p-64f));
+    const __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127 + 64)));
+    const __m256 some = _mm256_cmp_ps(n, _mm256_set1_ps(-150), _CMP_NLE_UQ),
+                 power = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 23)), some);
+    return _mm256_mul_ps(power, _mm256_set1_ps(0x1p-64f));
 }
 FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) {
     const __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127)));
@@ -60,6 +62,9 @@ FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
 }
 FSM_INLINE f32_vec f32_if_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
     return _mm256_blendv_ps(d, c, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+FSM_INLINE int f32_any_less(f32_vec a, f32_vec b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0;
 }
 FSM_INLINE f32_vec f32_canon(f32_vec a) {
     return _mm256_blendv_ps(a, _mm256_set1_ps(NAN), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
@@ -129,8 +134,10 @@ FSM_INLINE f64_vec f64_load_i32(const int32_t *p) {
 FSM_INLINE f64_vec f64_load_f32(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 FSM_INLINE void f64_store_f32(float *p, f64_vec a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
 FSM_INLINE f64_vec f64_exp2(f64_vec n) {
-    __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023 + 768)));
-    return _mm256_mul_pd(_mm256_castsi256_pd(_mm256_slli_epi64(w, 52)), _mm256_set1_pd(0x1p-768));
+    const __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023 + 768)));
+    const __m256d some = _mm256_cmp_pd(n, _mm256_set1_pd(-1075), _CMP_NLE_UQ),
+                  power = _mm256_and_pd(_mm256_castsi256_pd(_mm256_slli_epi64(w, 52)), some);
+    return _mm256_mul_pd(power, _mm256_set1_pd(0x1p-768));
 }
 FSM_INLINE f64_vec f64_exp2_normal(f64_vec n) {
     const __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023)));
@@ -141,6 +148,9 @@ FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
 }
 FSM_INLINE f64_vec f64_if_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
     return _mm256_blendv_pd(d, c, _mm256_cmp_pd(a, b, _CMP_LT_OQ));
+}
+FSM_INLINE int f64_any_less(f64_vec a, f64_vec b) {
+    return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)) != 0;
 }
 FSM_INLINE f64_vec f64_canon(f64_vec a) {
     return _mm256_blendv_pd(a, _mm256_set1_pd(NAN), _mm256_cmp_pd(a, a, _CMP_UNORD_Q));

@@ -41,13 +41,19 @@ FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return _mm512_fnm
 FSM_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm512_max_ps(a, b); }
 FSM_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm512_min_ps(a, b); }
 FSM_INLINE f32_vec f32_abs(f32_vec a) { return _mm512_abs_ps(a); }
-FSM_INLINE f32_vec f32_exp2(f32_vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1), n); }
-FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) { return f32_exp2(n); }
+FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1), n); }
+FSM_INLINE f32_vec f32_exp2(f32_vec n) {
+    const __mmask16 some = _mm512_cmp_ps_mask(n, _mm512_set1_ps(-150), _CMP_NLE_UQ);
+    return _mm512_maskz_scalef_ps(some, _mm512_set1_ps(1), n);
+}
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, k, _CMP_NEQ_UQ), b);
 }
 FSM_INLINE f32_vec f32_if_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
     return _mm512_mask_mov_ps(d, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), c);
+}
+FSM_INLINE int f32_any_less(f32_vec a, f32_vec b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0;
 }
 FSM_INLINE f32_vec f32_canon(f32_vec a) {
     return _mm512_mask_mov_ps(_mm512_set1_ps(NAN), _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a);
@@ -106,13 +112,19 @@ FSM_INLINE f64_vec f64_load_i32(const int32_t *p) {
 }
 FSM_INLINE f64_vec f64_load_f32(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 FSM_INLINE void f64_store_f32(float *p, f64_vec a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
-FSM_INLINE f64_vec f64_exp2(f64_vec n) { return _mm512_scalef_pd(_mm512_set1_pd(1), n); }
-FSM_INLINE f64_vec f64_exp2_normal(f64_vec n) { return f64_exp2(n); }
+FSM_INLINE f64_vec f64_exp2_normal(f64_vec n) { return _mm512_scalef_pd(_mm512_set1_pd(1), n); }
+FSM_INLINE f64_vec f64_exp2(f64_vec n) {
+    const __mmask8 some = _mm512_cmp_pd_mask(n, _mm512_set1_pd(-1075), _CMP_NLE_UQ);
+    return _mm512_maskz_scalef_pd(some, _mm512_set1_pd(1), n);
+}
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, k, _CMP_NEQ_UQ), b);
 }
 FSM_INLINE f64_vec f64_if_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
     return _mm512_mask_mov_pd(d, _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), c);
+}
+FSM_INLINE int f64_any_less(f64_vec a, f64_vec b) {
+    return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ) != 0;
 }
 FSM_INLINE f64_vec f64_canon(f64_vec a) {
     return _mm512_mask_mov_pd(_mm512_set1_pd(NAN), _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a);

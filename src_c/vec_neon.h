@@ -63,6 +63,7 @@ FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
 FSM_INLINE f32_vec f32_if_less(f32_vec a, f32_vec b, f32_vec c, f32_vec d) {
     return vbslq_f32(vcltq_f32(a, b), c, d);
 }
+FSM_INLINE int f32_any_less(f32_vec a, f32_vec b) { return vmaxvq_u32(vcltq_f32(a, b)) != 0; }
 FSM_INLINE f32_vec f32_canon(f32_vec a) { return vbslq_f32(vceqq_f32(a, a), a, vdupq_n_f32(NAN)); }
 FSM_INLINE float f32_hmax(f32_vec a) { return vmaxvq_f32(a); }
 FSM_INLINE float f32_hsum(f32_vec a) { return vaddvq_f32(a); }
@@ -119,6 +120,9 @@ FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
 }
 FSM_INLINE f64_vec f64_if_less(f64_vec a, f64_vec b, f64_vec c, f64_vec d) {
     return vbslq_f64(vcltq_f64(a, b), c, d);
+}
+FSM_INLINE int f64_any_less(f64_vec a, f64_vec b) {
+    return vmaxvq_u32(vreinterpretq_u32_u64(vcltq_f64(a, b))) != 0;
 }
 FSM_INLINE f64_vec f64_canon(f64_vec a) { return vbslq_f64(vceqq_f64(a, a), a, vdupq_n_f64(NAN)); }
 FSM_INLINE double f64_hmax(f64_vec a) { return vmaxvq_f64(a); }

@@ -42,6 +42,7 @@ typedef int64_t f64_ivec;
     FSM_INLINE REAL T##_abs(REAL a) { return FABS(a); }                                   \
     FSM_INLINE REAL T##_unless(REAL a, REAL k, REAL b) { return a != k ? b : 0; }         \
     FSM_INLINE REAL T##_if_less(REAL a, REAL b, REAL c, REAL d) { return a < b ? c : d; } \
+    FSM_INLINE int T##_any_less(REAL a, REAL b) { return a < b; }                         \
     FSM_INLINE REAL T##_canon(REAL a) { return a == a ? a : NAN; }                        \
     FSM_INLINE REAL T##_hmax(REAL a) { return a; }                                        \
     FSM_INLINE REAL T##_hsum(REAL a) { return a; }                                        \

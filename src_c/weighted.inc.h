@@ -99,7 +99,7 @@ FSM_INLINE void weighted_sum_fine(fsm_state *st, const fsm_tile *t, int fine) {
                 const vec n = v_max(v_sub(v_sub(v_add(mid.n, j), most), v_set1(2)),
                                     v_set1(EXP2_MIN)); /* |p m| < 4: below 1 */
                 const vec term = v_mul(v_mul(v_add(exp_less_one(mid), v_set1(1)), m), v_exp2(n));
-                vsum_add(&sum, v_unless(m, v_set1(0), term), 3,
+                vsum_add(&sum, v_unless(m, v_set1(0), term), 3, 0,
                          fine); /* p may be NaN where x is inf and takes no part */
             }
             fold_vsum(st, g, &sum, adds, 3, fine);

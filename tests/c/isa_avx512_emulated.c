@@ -201,12 +201,16 @@ REDUCE(reduce_max_pd, double, __m512d, pd, f64, 8, a > b ? a : b)
 
 #undef _mm512_scalef_ps
 #undef _mm512_scalef_pd
+#undef _mm512_maskz_scalef_ps
+#undef _mm512_maskz_scalef_pd
 #undef _mm512_reduce_add_ps
 #undef _mm512_reduce_add_pd
 #undef _mm512_reduce_max_ps
 #undef _mm512_reduce_max_pd
 #define _mm512_scalef_ps scalef_ps
 #define _mm512_scalef_pd scalef_pd
+#define _mm512_maskz_scalef_ps(k, a, b) _mm512_maskz_mov_ps(k, scalef_ps(a, b))
+#define _mm512_maskz_scalef_pd(k, a, b) _mm512_maskz_mov_pd(k, scalef_pd(a, b))
 #define _mm512_reduce_add_ps reduce_add_ps
 #define _mm512_reduce_add_pd reduce_add_pd
 #define _mm512_reduce_max_ps reduce_max_ps
