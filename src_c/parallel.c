@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #endif
 
 #include "parallel.h"
@@ -138,6 +139,14 @@ int fsm_usable_cpus(void) {
     cpus = omp_get_num_procs();
 #endif
     return cpus > 1 ? cpus : 1;
+}
+
+ptrdiff_t fsm_last_cache(void) {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    return sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+    return 0;
+#endif
 }
 
 int fsm_has_openmp(void) {

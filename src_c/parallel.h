@@ -23,6 +23,9 @@ static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; 
 static inline ptrdiff_t most(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 static inline ptrdiff_t up_to_multiple(ptrdiff_t a, ptrdiff_t of) { return (a + of - 1) / of * of; }
 
+/* Bytes of the last-level cache; 0 if that is not known. */
+ptrdiff_t fsm_last_cache(void);
+
 /* The floating-point mode of this thread: enter returns what to give to leave. */
 unsigned fsm_fp_enter(void);
 void fsm_fp_leave(unsigned mode);

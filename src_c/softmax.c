@@ -29,9 +29,11 @@ enum {
     CHUNK_BYTES = 1 << 16,   /* of a piece of a longer one */
     FUSED_BYTES = 1 << 15,   /* of fused rows at a time: as much as the nearest cache */
     FUSED_MOST = 1 << 14,    /* elements of a fused row */
-    CACHE_BYTES = 1 << 25,   /* of x and out that a last-level cache is not expected to hold */
-    DIRECT_MOST = 1 << 18,   /* elements of a direct row; a longer one is worth being dealt */
-    SLICE = 1 << 23          /* elements done between two looks at the signals: 10 ms or so */
+    CACHE_LEAST =
+        1 << 25,          /* x and out of fewer bytes stay in the caches; of more than CACHE_MOST */
+    CACHE_MOST = 1 << 27, /* not, whatever a server says that it shares (fills_the_caches) */
+    DIRECT_MOST = 1 << 18, /* elements of a direct row; a longer one is worth being dealt */
+    SLICE = 1 << 23        /* elements done between two looks at the signals: 10 ms or so */
 };
 
 typedef enum { PASS_MAX, PASS_MAX2, PASS_SUM, PASS_MAP, PASS_END } pass_id;
@@ -135,14 +137,17 @@ static int is_native(const fsm_plan *p, fsm_dtype dtype) {
 }
 
 /* Whether there are so many results that they had better go past the caches: what is read next, and
- * not what was written, is then found there. Not in place, where each line is in a cache anyway. */
+ * not what was written, is then found there. Not in place, where each line is in a cache anyway. It
+ * pays from 32 MB of x and out on a Zen 5 that says 32 (4096 x 1024: 429 us, else 707), from 128 on a
+ * Xeon that says 480 (8192 x 1024: 2056 us, else 1611; 16384 x 1024: 4068, else 4485). */
 static int fills_the_caches(const fsm_plan *p) {
     const double size = (double)(itemsize(p->dtype[FSM_X]) + itemsize(p->dtype[FSM_OUT]));
     ptrdiff_t bits = (ptrdiff_t)(uintptr_t)p->data[FSM_OUT]; /* of all addresses of rows */
     for (int d = 0; d < p->row_ndim; d++) bits |= p->row[d].stride[FSM_OUT];
+    const double bytes = (double)p->rows * (double)p->n * size;
     return p->pass->map && p->dtype[FSM_OUT] == p->compute && bits % p->real_size == 0 &&
-           p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_SHORT_ROW &&
-           (double)p->rows * (double)p->n * size >= CACHE_BYTES;
+           p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_SHORT_ROW && bytes >= CACHE_LEAST &&
+           bytes >= (double)least(CACHE_MOST, fsm_last_cache());
 }
 
 static void choose_way(fsm_plan *p, const fsm_problem *problem) {
