@@ -27,7 +27,7 @@ export FASTSOFTMAX_COVERAGE=1
 # Left out: what asks for numbers again and again, or for none of the core; the scalar kernels, which the
 # drivers run; and, since under line tracing the exception of a signal's handler may get lost, signals.
 chosen='not scalar and not signal_handler and not ctrl_c and not index_counts and not interrupted'
-without=(accuracy fuzz hypothesis attention_hypothesis reference reference_attention cli
+without=(accuracy fuzz hypothesis attention_hypothesis attention_memory reference reference_attention cli
     reference_gradients compat dask doctests ecosystem examples packaging typing)
 # The programs that tests compile leave their counts beside them, in --basetemp.
 "$python" -m coverage run -m pytest -q -p no:cacheprovider --basetemp=tmp -k "$chosen" \
