@@ -118,8 +118,8 @@ FSM_INLINE exp_vref exp_broadcast(exp_ref r) {
 /* exp in two halves, x -> (s, low, r, n) -> e. A loop that begins one vector while it ends the one
  * before has chains half as long, which a processor overlaps better (softmax.inc.h). NaN is read as
  * the clamp: rows that have one are finished elsewhere. What is known of a row saves operations:
- * shift == 0 that c is 0, normal == 1 that x is within EXP_NORMAL of the maximum, so that no e is
- * subnormal. */
+ * shift == 0 that c is 0, normal == 1 that x is within EXP_NORMAL of the maximum, so that neither e
+ * nor what becomes of it is subnormal. */
 typedef struct {
     vec s, low, r, n;
 } exp_mid;

@@ -66,7 +66,7 @@ typedef struct {
     fsm_lanes label; /* cross entropy: the logit at the label; in the end, backward: its gradient */
     fsm_lanes grad;  /* cross entropy, backward: of the row's loss */
     int want_sign;   /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
-    int normal;      /* as min: no exp is subnormal, and |max| is moderate (exp.inc.h) */
+    int normal;      /* as min: no exp is small, and |max| is moderate (exp.inc.h) */
     int special; /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
 } fsm_state;
 

@@ -13,8 +13,9 @@
  *     v_rint(a)          the nearest integer, ties to even; |a| < 2^22 (float64: 2^51)
  *     v_max(a, b)        a > b ? a : b, so b where either is NaN
  *     v_min(a, b)        a < b ? a : b
- *     v_exp2(n)          2^n, rounded to even below the smallest subnormal; n an integer in
- *                        [-190, 62] (float64: [-1600, 254])
+ *     v_exp2(n)          2^n, rounded to even below the smallest subnormal: 0, and on x86 got
+ *                        without meeting one (exp_end); n an integer in [-190, 62] (float64:
+ *                        [-1600, 254])
  *     v_exp2_normal(n)   the same for a normal 2^n
  *     v_unless(a, k, b)  a != k ? b : 0
  *     v_if_less(a, b, c, d)  a < b ? c : d, so d where a or b is NaN
