@@ -77,8 +77,8 @@ typedef struct {
     const void *x;
     fsm_dtype x_dtype;
     const void *y; /* compute type, contiguous like x */
-    void *e;       /* NULL, or where exp goes in sum and is read in map (compute type; may be x) */
-    void *out;     /* may be x, y or e */
+    void *e;       /* NULL, or out: where exp goes in sum and is read in map (compute type) */
+    void *out;     /* may be x or y */
     fsm_dtype out_dtype;
     const void *scale; /* backward: 1/temperature per lane, compute type */
 } fsm_tile;

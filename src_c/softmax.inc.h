@@ -732,12 +732,9 @@ static void map_e(const fsm_state *st, const fsm_tile *t, int far) {
         else row_map(t->out_dtype, out, REAL_DTYPE, e, t->n, 0, m);
         return;
     }
-    if (!e) lane_exp(st, e = out, t->x, t->n);
-    if (!far) lane_map(st, out, e, t->n, 0);
-    else {
-        far_lanes(st, e, t->n, VL, st->lanes);
-        if (e != out) memcpy(out, e, (size_t)(t->n * st->lanes) * sizeof *e);
-    }
+    if (!e) lane_exp(st, out, t->x, t->n);
+    if (far) far_lanes(st, out, t->n, VL, st->lanes);
+    else lane_map(st, out, out, t->n, 0);
 }
 
 static void map_softmax(const fsm_state *st, const fsm_tile *t) { map_e(st, t, !st->normal); }
