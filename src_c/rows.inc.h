@@ -356,8 +356,7 @@ FSM_NONNULL FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char 
         exp_run_as(DTYPE, e[l], x + l * stride, n, row_ref(st, l), 0, 1, \
                    DTYPE == REAL_DTYPE ? ask + l * stride : NULL);       \
         write_lines(w, n);                                               \
-    }                                                                    \
-    return
+    }
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
