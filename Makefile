@@ -114,7 +114,7 @@ ISAS_plain = scalar
 # What tests/mutate.py and tests/coverage.sh build.
 FLAGS_mutate = -O2 -g0 -fPIC -DONE_IN=4
 ISAS_mutate = $(ISAS)
-FLAGS_coverage = -O0 --coverage -fprofile-update=atomic -DONE_IN=7
+FLAGS_coverage = -O0 --coverage -fprofile-update=atomic -DONE_IN=3
 ISAS_coverage = $(ISAS)
 
 # What make asm shows, with the flags of setup.py.
