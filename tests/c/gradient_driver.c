@@ -353,7 +353,10 @@ static void run_loss(const test *t, const fsm_isa *isa, fsm_op op, char *into) {
 
 static int loss_is_right(const test *t, const char *loss, const char *dx) {
     const int size = sizes[t->type];
-    const long double off = 4 * floats[t->type].ulp;
+    /* without long double (valgrind) the oracle of float64 has roundings of its own: those of a sum,
+     * and that of a difference from 1, which counts 2^10 times beside the 2^-10 below */
+    const ptrdiff_t own = t->type == FSM_F64 && !has_long_double() ? 4096 + t->keys : 0;
+    const long double off = (4 + own) * floats[t->type].ulp;
     for (ptrdiff_t r = 0; r < t->queries; r++, loss += size) {
         long double sum = 0;
         for (ptrdiff_t i = 0; i < t->keys; i++)
