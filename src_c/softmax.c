@@ -29,11 +29,10 @@ enum {
     CHUNK_BYTES = 1 << 16,   /* of a piece of a longer one */
     FUSED_BYTES = 1 << 15,   /* of fused rows at a time: as much as the nearest cache */
     FUSED_MOST = 1 << 14,    /* elements of a fused row */
-    CACHE_LEAST =
-        1 << 25,          /* x and out of fewer bytes stay in the caches; of more than CACHE_MOST */
-    CACHE_MOST = 1 << 27, /* not, whatever a server says that it shares (fills_the_caches) */
-    DIRECT_MOST = 1 << 18, /* elements of a direct row; a longer one is worth being dealt */
-    SLICE = 1 << 23        /* elements done between two looks at the signals: 10 ms or so */
+    CACHE_LEAST = 1 << 25,   /* x and out of fewer bytes stay in the caches */
+    CACHE_MOST = 1 << 27,    /* of more they do not, though a server says so (fills_the_caches) */
+    DIRECT_MOST = 1 << 18,   /* elements of a direct row; a longer one is worth being dealt */
+    SLICE = 1 << 23          /* elements done between two looks at the signals: 10 ms or so */
 };
 
 typedef enum { PASS_MAX, PASS_MAX2, PASS_SUM, PASS_MAP, PASS_END } pass_id;
