@@ -38,11 +38,13 @@
 #define view_lanes FSM_NAME(view_lanes)
 #define view_block FSM_NAME(view_block)
 #define group_rule FSM_NAME(group_rule)
+#define group_rule_as FSM_NAME(group_rule_as)
 #define group_weights FSM_NAME(group_weights)
 #define group_begin FSM_NAME(group_begin)
 #define group_end FSM_NAME(group_end)
 #define group_block FSM_NAME(group_block)
 #define group_additive FSM_NAME(group_additive)
+#define turns_in_place FSM_NAME(turns_in_place)
 #define add_poison FSM_NAME(add_poison)
 #define to_lanes FSM_NAME(to_lanes)
 #define from_lanes FSM_NAME(from_lanes)
@@ -270,25 +272,43 @@ static void group_begin(const fsm_attend *a, const score_rule *rule, group_state
     memset(g->o, 0, (size_t)(a->v_depth * GROUP) * sizeof(real));
 }
 
+/* Whether the rows' bias can be turned where it lies. */
+static int turns_in_place(const fsm_attend *a, const group_state *g) {
+    const fsm_dtype dtype = a->bias_dtype;
+    const int native =
+        dtype == REAL_DTYPE || (FSM_BITS == 32 && (dtype == FSM_F16 || dtype == FSM_BF16));
+    return a->bias.at && !a->mask.at && native && a->bias.column == float_size(dtype) &&
+           g->view[g->rows - 1].bias - g->view[0].bias == (g->rows - 1) * a->bias.row;
+}
+
 /* The rows' bias and mask at a block, transposed. Returns 0 if no row sees any of it; *hides: some
  * row does not see all. */
 static int group_additive(const fsm_attend *a, const group_state *g, const block_state *b,
                           unit_scratch *u, int *hides) {
-    vec seen = v_set1(0), hidden = v_set1(0);
-    for (int l = 0; l < GROUP; l++) {
-        real *row = u->rows + l * b->n;
-        if (l < g->rows) load_additive(a, &g->view[l], b->first, b->n, row);
-        else memset(row, 0, (size_t)b->n * sizeof(real));
+    if (turns_in_place(a, g))
+        transpose_in(a->bias_dtype, u->additive, GROUP, g->view[0].bias + b->first * a->bias.column,
+                     a->bias.row, g->rows, b->n);
+    else {
+        for (int l = 0; l < GROUP; l++) {
+            real *row = u->rows + l * b->n;
+            if (l < g->rows) load_additive(a, &g->view[l], b->first, b->n, row);
+            else memset(row, 0, (size_t)b->n * sizeof(real));
+        }
+        to_lanes(u->additive, u->rows, b->n);
     }
-    for (ptrdiff_t i = 0; i < b->n * g->rows; i += VL) {
-        const ptrdiff_t k = b->n * g->rows - i < VL ? b->n * g->rows - i : VL;
-        const vec x = load_as(REAL_DTYPE, u->rows, i, k, v_set1(u->rows[0]));
-        seen = v_max(seen, v_if_less(x, v_set1(LEAST), v_set1(0), v_set1(1)));
-        hidden = v_max(hidden, v_if_less(x, v_set1(LEAST), v_set1(1), v_set1(0)));
+    const vec zero = v_set1(0), one = v_set1(1), lowest = v_set1(LEAST), none = v_set1(-INFINITY);
+    vec least = zero, seen = zero;
+    for (ptrdiff_t i = 0; i < b->n * GROUP; i += VL) least = v_min(v_load(u->additive + i), least);
+    *hides = v_any_less(least, lowest);
+    if (!*hides) return 1;
+    for (int v = 0; v < g->vectors; v++) {
+        const ptrdiff_t k = g->rows - v * VL < VL ? g->rows - v * VL : VL;
+        for (ptrdiff_t j = 0; j < b->n; j++) {
+            const vec x = load_as(REAL_DTYPE, u->additive + j * GROUP, v * VL, k, none);
+            seen = v_max(seen, v_if_less(x, lowest, zero, one));
+        }
     }
-    to_lanes(u->additive, u->rows, b->n);
-    *hides = v_hmax(hidden) > 0;
-    return v_hmax(seen) > 0;
+    return v_any_less(zero, seen);
 }
 
 /* The views of VL rows, relative to a block: small, so exact. */
@@ -304,34 +324,44 @@ FSM_INLINE lane_view view_lanes(const group_state *g, const block_state *b, int 
     return (lane_view){v_load(low), v_load(high), v_load(at), v_load(g->slope + v * VL)};
 }
 
-/* Dot products into scores, in place, -inf where a key is not seen. additive: [key][row], or NULL,
- * and then that of the block. Gathers the largest of each row. */
-static void group_rule(const score_rule *rule, const group_state *g, const block_state *b, real *s,
-                       const real *additive, int ranged, int biased, vec top[3]) {
-    lane_view view[3];
+/* Dot products into scores, in place, -inf where a key is not seen. Gathers the largest of each row. */
+FSM_INLINE void group_rule_as(const score_rule *rule, const group_state *g, const block_state *b,
+                              const block_view *seen, real *s, int natural, int shaped, int partial,
+                              int biased, vec top[3]) {
+    const vec least = v_set1(LEAST), none = v_set1(-INFINITY), scale = v_set1(rule->scale);
     for (int v = 0; v < g->vectors; v++) {
-        view[v] = view_lanes(g, b, v);
-        top[v] = v_set1(-INFINITY);
-    }
-    const vec least = v_set1(LEAST), none = v_set1(-INFINITY);
-    for (ptrdiff_t j = 0; j < b->n; j++) {
-        const vec key = v_set1((real)j), shared = v_set1(b->additive ? b->additive[j] : 0);
-        for (int v = 0; v < g->vectors; v++) {
+        const lane_view view = view_lanes(g, b, v);
+        vec most = none;
+        FSM_UNROLL(2)
+        for (ptrdiff_t j = 0; j < b->n; j++) {
             real *at = s + j * GROUP + v * VL;
-            const vec add = additive ? v_load(additive + j * GROUP + v * VL) : shared;
+            const vec key = v_set1((real)j);
+            const vec add = seen->additive ? v_load(seen->additive + j * GROUP + v * VL)
+                                           : v_set1(b->additive ? b->additive[j] : 0);
             vec x = v_load(at);
-            if (rule->natural)
-                x = rule_score(rule, x, biased ? add : v_set1(0), view[v].slope,
-                               v_abs(v_sub(view[v].position, key)));
-            x = v_if_less(add, least, none, x);
-            if (ranged) {
-                x = v_if_less(key, view[v].lo, none, x);
-                x = v_if_less(view[v].hi, key, none, x);
+            if (shaped)
+                x = rule_score(rule, x, biased ? add : v_set1(0), view.slope,
+                               v_abs(v_sub(view.position, key)));
+            else if (natural) x = v_fma(x, scale, add);
+            if (partial) {
+                x = v_if_less(add, least, none, x);
+                x = v_if_less(key, view.lo, none, x);
+                x = v_if_less(view.hi, key, none, x);
             }
             v_store(at, x);
-            top[v] = v_max(x, top[v]);
+            most = v_max(x, most);
         }
+        top[v] = most;
     }
+}
+
+static void group_rule(const fsm_attend *a, const score_rule *rule, const group_state *g,
+                       const block_state *b, const block_view *seen, real *s, vec top[3]) {
+    const int biased = a->bias.at != NULL, partial = seen->hides || seen->ranged;
+    if (!rule->natural) group_rule_as(rule, g, b, seen, s, 0, 0, 1, 0, top);
+    else if (biased && !partial && rule->cap == 0 && !a->slopes.at)
+        group_rule_as(rule, g, b, seen, s, 1, 0, 0, 1, top);
+    else group_rule_as(rule, g, b, seen, s, 1, 1, 1, biased, top);
 }
 
 /* Scores into weights, in place; the state of the rows takes them in. */
@@ -389,8 +419,7 @@ static int group_block(const fsm_attend *a, const score_rule *rule, group_state 
     if (!view_block(a, g, b, u, &seen)) return 0;
     if (!b->k.at) b->k = fetch(&a->k, a->dtype, b->first, b->n, a->depth, u->k);
     group_scores(g->vectors, u->s, &b->k, b->n, g->q, a->depth);
-    if (rule->natural || seen.hides || seen.ranged)
-        group_rule(rule, g, b, u->s, seen.additive, seen.ranged, a->bias.at != NULL, top);
+    if (rule->natural || seen.hides || seen.ranged) group_rule(a, rule, g, b, &seen, u->s, top);
     else
         for (int v = 0; v < g->vectors; v++) {
             top[v] = v_set1(-INFINITY);
@@ -435,7 +464,10 @@ static void begin_block(const fsm_attend *a, const row_view *any, block_state *b
     if (varies || !(a->mask.at || a->bias.at)) return;
     b->additive = u->along;
     load_additive(a, any, first, b->n, u->along);
-    for (ptrdiff_t j = 0; j < b->n; j++) b->hides += u->along[j] == -INFINITY;
+    /* Padding, at either end, is left out. */
+    while (b->n && b->additive[b->n - 1] == -INFINITY) b->n--;
+    for (; b->n && b->additive[0] == -INFINITY; b->n--) b->additive++, b->first++;
+    for (ptrdiff_t j = 0; j < b->n; j++) b->hides += b->additive[j] == -INFINITY;
 }
 
 /* Once the state of the rows is final: their weights, computed again, block by block. */
@@ -459,13 +491,14 @@ static void store_weights(const fsm_attend *a, const score_rule *rule, group_sta
         else memset(u->s, 0, sizeof(real) * KEYS * GROUP);
         from_lanes(u->rows, u->s, b.n);
         for (int l = 0; l < g->rows; l++) {
-            real *row = u->rows + l * b.n;
+            real row[KEYS] = {0}, *at = row + (b.first - first);
+            memcpy(at, u->rows + l * b.n, (size_t)b.n * sizeof(real));
             if (g->sum[l] != g->sum[l])
                 for (ptrdiff_t j = 0; j < b.n; j++)
-                    row[j] = sees(a, &g->view[l], first + j) ? (real)NAN : 0;
+                    at[j] = sees(a, &g->view[l], b.first + j) ? (real)NAN : 0;
             store_run(
                 element(&a->weights, (begin + l) / a->queries, (begin + l) % a->queries, first),
-                a->weights.column, a->dtype, row, b.n);
+                a->weights.column, a->dtype, row, a->keys - first < KEYS ? a->keys - first : KEYS);
         }
     }
 }
@@ -485,14 +518,14 @@ static void attend_unit(const fsm_attend *a) {
     for (ptrdiff_t first = from / KEYS * KEYS; first < to; first += KEYS) {
         block_state b;
         begin_block(a, &u.groups[0].view[0], &b, first, to, &u);
-        if (b.hides == b.n) continue;
+        if (b.n == 0) continue;
         for (int i = 0; i < groups; i++) {
             group_state *g = &u.groups[i];
             vec top[3];
             int partial;
             if (!group_block(a, &rule, g, &b, &u, top, &partial)) continue;
             group_weights(&rule, g, b.n, u.s, top);
-            if (!b.v.at) b.v = fetch(&a->v, a->dtype, first, b.n, a->v_depth, u.v);
+            if (!b.v.at) b.v = fetch(&a->v, a->dtype, b.first, b.n, a->v_depth, u.v);
             if (partial && b.poisoned < 0) {
                 b.poisoned = !all_finite(b.v, b.n, a->v_depth);
                 if (b.poisoned) b.clean = without_poison(b.v, b.n, a->v_depth, u.clean);

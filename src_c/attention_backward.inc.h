@@ -351,15 +351,15 @@ static void gradient_unit(const fsm_attend *a) {
     for (ptrdiff_t first = from / KEYS * KEYS; first < to; first += KEYS) {
         block_state b;
         begin_block(a, &s.groups[0].g.view[0], &b, first, to, &s.u);
-        if (b.hides == b.n) continue;
+        if (b.n == 0) continue;
         memset(s.dk, 0, (size_t)(b.n * s.k_width) * sizeof(real));
         memset(s.dv, 0, (size_t)(b.n * s.v_width) * sizeof(real));
         int any = 0;
         for (int i = 0; i < groups; i++)
             any |= gradient_block(a, &rule, &s, &s.groups[i], &b, a->begin + i * GROUP);
         for (ptrdiff_t j = 0; any && j < b.n; j++) {
-            add_row(element(&a->dk, 0, first + j, 0), s.dk + j * s.k_width, a->depth);
-            add_row(element(&a->dv, 0, first + j, 0), s.dv + j * s.v_width, a->v_depth);
+            add_row(element(&a->dk, 0, b.first + j, 0), s.dk + j * s.k_width, a->depth);
+            add_row(element(&a->dv, 0, b.first + j, 0), s.dv + j * s.v_width, a->v_depth);
         }
     }
     for (int i = 0; i < groups; i++)

@@ -144,11 +144,11 @@ static real sink_of(const fsm_attend *a, ptrdiff_t head) {
     return sink;
 }
 
-/* Returns the natural logarithm of a denominator, `sum` times exp of the maximum, and makes of
- * *sum what to divide by: NaN if all that the row sees is -inf, 1 if it sees nothing. */
+/* Returns the natural logarithm of a denominator, `sum` times exp of the maximum, if it is wanted, and
+ * makes of *sum what to divide by: NaN if all that the row sees is -inf, 1 if it sees nothing. */
 static real end_sum(const fsm_attend *a, const score_rule *r, const row_view *view, ptrdiff_t head,
                     real max, real *sum) {
-    if (*sum > 0) return (real)log_scaled(*sum, 0, (double)max * r->unit);
+    if (*sum > 0) return a->lse.at ? (real)log_scaled(*sum, 0, (double)max * r->unit) : 0;
     const real lse = *sum == 0 ? (real)-INFINITY : (real)NAN;
     const int blind = !sees_any(a, view);
     *sum = blind ? 1 : (real)NAN;
