@@ -119,7 +119,13 @@ FSM_INLINE exp_vref exp_broadcast(exp_ref r) {
  * before has chains half as long, which a processor overlaps better (softmax.inc.h). NaN is read as
  * the clamp: rows that have one are finished elsewhere. What is known of a row saves operations:
  * shift == 0 that c is 0, normal == 1 that x is within EXP_NORMAL of the maximum, so that neither e
- * nor what becomes of it is subnormal. */
+ * nor what becomes of it is subnormal; HOLES: but for those x that are -inf, as masks leave them. The
+ * clamp is then at HOLE_RANGE, of which v_exp2_hole makes 0. */
+#undef HOLES
+#undef HOLE_RANGE
+#define HOLES 2
+#define HOLE_RANGE ((real)(-0.6931471805599453 * FSM_NAME(HOLE)))
+
 typedef struct {
     vec s, low, r, n;
 } exp_mid;
@@ -133,7 +139,7 @@ FSM_INLINE exp_mid exp_split(vec d, vec n, exp_vref ref) {
 }
 
 FSM_INLINE exp_mid exp_begin(vec x, exp_vref ref, int shift, int normal) {
-    const vec moved = shift ? v_sub(x, ref.c) : x, d = normal ? moved : v_max(moved, ref.lo);
+    const vec moved = shift ? v_sub(x, ref.c) : x, d = normal == 1 ? moved : v_max(moved, ref.lo);
     return exp_split(d, exp_power(d, ref), ref);
 }
 
@@ -174,7 +180,8 @@ FSM_INLINE vec to_units(vec y) {
 FSM_INLINE vec exp_end(exp_mid m, int normal) {
     const vec p = exp_less_one(m), least = v_set1(LEAST_EXPONENT), in_units = v_set1(UNIT_EXPONENT);
     const vec n = normal ? m.n : v_if_less(m.n, least, v_add(m.n, in_units), m.n);
-    const vec scale = v_exp2_normal(n), e = v_fma(p, scale, scale);
+    const vec scale = normal == HOLES ? v_exp2_hole(n) : v_exp2_normal(n),
+              e = v_fma(p, scale, scale);
     return normal ? e : v_if_less(m.n, least, from_units(e), e);
 }
 

@@ -66,7 +66,8 @@ typedef struct {
     fsm_lanes label; /* cross entropy: the logit at the label; in the end, backward: its gradient */
     fsm_lanes grad;  /* cross entropy, backward: of the row's loss */
     int want_sign;   /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
-    int normal;      /* as min: no exp is small, and |max| is moderate (exp.inc.h) */
+    int normal;      /* as min: no exp is small, and |max| is moderate; or HOLES (exp.inc.h) */
+    int holes;       /* min is of the finite logits, and there are others */
     int special; /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
 } fsm_state;
 

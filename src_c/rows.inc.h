@@ -184,7 +184,7 @@ static span map_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state
         return map_and_span(log, w->out_dtype, out, from, w->x_dtype, next, n, map);
     else if (e || log) row_map(w->out_dtype, out, w->x_dtype, from, n, log, map);
     else exp_map(w->out_dtype, out, w->x_dtype, x, n, st->exp, st->normal, !st->normal, map);
-    return next ? row_span(w->x_dtype, next, n) : (span){0, 0};
+    return next ? row_span(w->x_dtype, next, n) : (span){0, 0, 0};
 }
 
 /* Whether the results of a row are written while the exp of another is taken: past the caches, where
@@ -235,7 +235,7 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
         const ptrdiff_t done = r - lag, begun = r - lag / 2;
         const row_state *end = &state[done & 3];
         const int sums = begun >= 0 && begun < w->rows;
-        span next_span = {0, 0};
+        span next_span = {0, 0, 0};
         if (done >= 0 && !in_sum) next_span = map_of(op, w, done, end, next, &rest);
         else if (next) next_span = row_span(x_dtype, next, n);
         if (next) {
@@ -244,7 +244,8 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
             st->exp = span_reference(next_span, &st->normal);
             special += is_special(st->max);
         }
-        const int writes = in_sum && done >= 0, with = writes && sums && state[begun & 3].normal &&
+        const int writes = in_sum && done >= 0, with = writes && sums &&
+                                                       state[begun & 3].normal == 1 &&
                                                        (end->normal || op != FSM_SOFTMAX);
         if (writes && !with) map_of(op, w, done, end, NULL, &rest);
         for (int j = 0; j < FSM_PARTS; j++) sum.parts[j][0] = 0;
@@ -302,7 +303,15 @@ FSM_INLINE void middle_spans_as(fsm_dtype dtype, fsm_state *st, const char *x, p
         sum = v_add(v_add(m.sum[0], m.sum[1]), sum);
     }
     for (int l = rows; l % VL; l++) most[l] = v_set1(0);
-    const real min = -v_hmax(v_sub(v_set1(0), least));
+    real min = -v_hmax(v_sub(v_set1(0), least));
+    st->holes = min == -INFINITY;
+    if (st->holes) {
+        min = INFINITY;
+        for (int l = 0; l < rows; l++) {
+            const real one = finite_min(dtype, x + l * stride, n);
+            if (one < min) min = one;
+        }
+    }
     for (int g = 0; g < rows; g += VL) {
         v_transpose(most + g);
         vec m = most[g];
@@ -436,9 +445,9 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + left + l * n;
         const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
         const char *ask = whole ? x + block * w->x_stride : x; /* x: as good as nothing */
-        if (st.normal) exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask, &waiting);
-        for (int l = 0; l < rows && !st.normal; l++)
-            exp_run(x_dtype, e[l], x + l * w->x_stride, n, row_ref(&st, l), 0, NULL);
+        if (st.normal == 1) exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask, &waiting);
+        for (int l = 0; l < rows && st.normal != 1; l++)
+            exp_run(x_dtype, e[l], x + l * w->x_stride, n, row_ref(&st, l), st.normal, NULL);
         middle_sums(hi, lo, e, rows, n, st.normal);
         for (int g = 0; g < rows; g += VL) {
             middle_fold(&st.sum, g, hi + g, 0, (n + VL - 1) / VL);

@@ -14,6 +14,8 @@
 #define max_tail FSM_NAME(max_tail)
 #define max_end FSM_NAME(max_end)
 #define span FSM_NAME(span)
+#define finite_min FSM_NAME(finite_min)
+#define finite_min_as FSM_NAME(finite_min_as)
 #define row_span FSM_NAME(row_span)
 #define row_span_as FSM_NAME(row_span_as)
 #define exp_step FSM_NAME(exp_step)
@@ -70,9 +72,11 @@
 
 /* ---- max ---- */
 
-/* The largest and the smallest element. Only max is NaN where one is NaN. */
+/* The largest and the smallest element, of a row with a finite maximum the smallest finite one; holes:
+ * it has others, -inf. Only max is NaN where one is NaN. */
 typedef struct {
     real max, min;
+    int holes;
 } span;
 
 /* Whether a row has no finite maximum. */
@@ -109,10 +113,33 @@ FSM_INLINE void max_tail(running_max *r, fsm_dtype dtype, const void *x, ptrdiff
     }
 }
 
+/* The smallest finite element: a + a * 0 is NaN of an infinite a, which v_min passes over. */
+FSM_INLINE real finite_min_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+    const vec zero = v_set1(0), most = v_set1(INFINITY);
+    vec least = most, other = most;
+    ptrdiff_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        const vec a = load_as(dtype, x, i, VL, most), b = load_as(dtype, x, i + VL, VL, most);
+        least = v_min(v_fma(a, zero, a), least);
+        other = v_min(v_fma(b, zero, b), other);
+    }
+    for (; i < n; i += VL) {
+        const vec a = load_as(dtype, x, i, n - i < VL ? n - i : VL, most);
+        least = v_min(v_fma(a, zero, a), least);
+    }
+    return -v_hmax(v_sub(zero, v_min(least, other)));
+}
+
+FSM_APART real finite_min(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+#define CALL(DTYPE) return finite_min_as(DTYPE, x, n)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
 FSM_INLINE span max_end(const running_max *r, fsm_dtype dtype, const void *x, ptrdiff_t n) {
     const vec zero = v_set1(0), least = v_min(r->min[0], r->min[1]);
     const real total = v_hsum(v_add(v_add(r->sum[0], r->sum[1]), v_add(r->sum[2], r->sum[3])));
-    span s = {v_hmax(v_max(r->max[0], r->max[1])) + 0, -v_hmax(v_sub(zero, least))};
+    span s = {v_hmax(v_max(r->max[0], r->max[1])) + 0, -v_hmax(v_sub(zero, least)), 0};
     if (total != total)
         for (ptrdiff_t i = 0; i < n; i += VL) {
             real lane[VL];
@@ -120,6 +147,8 @@ FSM_INLINE span max_end(const running_max *r, fsm_dtype dtype, const void *x, pt
             for (int l = 0; l < VL; l++)
                 if (lane[l] != lane[l]) s.max = NAN;
         }
+    s.holes = s.min == -INFINITY && !is_special(s.max);
+    if (s.holes) s.min = finite_min(dtype, x, n);
     return s;
 }
 
@@ -250,7 +279,7 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
         if (ask) FSM_PREFETCH(ask + (i - VL) * (ptrdiff_t)sizeof(real));
         v_store(e + i - VL, exp_end(mid, normal));
     }
-    if (REGISTERS < 32 && dtype == REAL_DTYPE && !shift && normal) {
+    if (REGISTERS < 32 && dtype == REAL_DTYPE && !shift && normal == 1) {
         exp_steps(e, VL, x, VL, n / VL, r, 0, 1, ask);
         i = n / VL * VL;
     }
@@ -264,10 +293,11 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
 
 FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                        int normal, const char *ask) {
-#define CALL(DTYPE)                                           \
-    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL); \
-    else if (REGISTERS < 32 && ask && DTYPE == REAL_DTYPE)    \
-        exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask);           \
+#define CALL(DTYPE)                                                            \
+    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL);                  \
+    else if (normal == HOLES) exp_run_as(DTYPE, e, x, n, ref, 0, HOLES, NULL); \
+    else if (REGISTERS < 32 && ask && DTYPE == REAL_DTYPE)                     \
+        exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask);                            \
     else exp_run_as(DTYPE, e, x, n, ref, 0, 1, NULL)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
@@ -395,7 +425,7 @@ static vsum row_vsum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_r
     real own[FSM_LAG_MOST];
     const exp_vref r = exp_broadcast(ref);
     if (!e) e = own;
-    if (TOGETHER && normal && !fine) return exp_sum(dtype, e, x, n, &r, ask, w, at);
+    if (TOGETHER && normal == 1 && !fine) return exp_sum(dtype, e, x, n, &r, ask, w, at);
     exp_run(dtype, e, x, n, ref, normal, ask);
     return FSM_BITS == 32 && fine ? run_sum(e, n, 0, 1) : run_vsum(e, n, normal);
 }
@@ -580,6 +610,7 @@ static void far_lanes(const fsm_state *st, real *e, ptrdiff_t n, ptrdiff_t group
 static void begin_state(fsm_state *st, int lanes, ptrdiff_t n) {
     st->lanes = lanes;
     st->n = n;
+    st->holes = 0;
     for (int l = 0; l < lanes; l++) {
         LANE(st->max)[l] = -INFINITY;
         LANE(st->min)[l] = INFINITY;
@@ -607,7 +638,7 @@ static void max_pass(fsm_state *st, const fsm_tile *t) {
         const span s = row_span(t->x_dtype, t->x, t->n);
         real *max = LANE(st->max), *min = LANE(st->min);
         *max = *max != *max || s.max != s.max ? NAN : *max > s.max ? *max : s.max;
-        *min = s.min < *min ? s.min : *min;
+        *min = s.holes ? -INFINITY : s.min < *min ? s.min : *min;
     } else lane_span(LANE(st->max), LANE(st->min), st->lanes, t->x, t->n);
 }
 
@@ -630,14 +661,18 @@ FSM_INLINE exp_vref exp_references(vec m) {
 /* Of one row; *normal as in fsm_state. A row without a finite maximum gets constants that do no
  * harm; what map writes there is replaced afterwards. */
 FSM_INLINE exp_ref span_reference(span s, int *normal) {
-    const exp_ref r = exp_reference(is_special(s.max) ? 0 : s.max, EXP_RANGE);
+    exp_ref r = exp_reference(is_special(s.max) ? 0 : s.max, EXP_RANGE);
     *normal = r.c == 0 && s.max - s.min < EXP_NORMAL;
+    if (*normal && s.holes) {
+        *normal = HOLES;
+        r.lo = s.max - HOLE_RANGE;
+    }
     return r;
 }
 
 static void reference_pass(fsm_state *st) {
     if (st->lanes == 1) {
-        const span s = {LANE(st->max)[0], LANE(st->min)[0]};
+        const span s = {LANE(st->max)[0], LANE(st->min)[0], st->holes};
         set_ref(st, 0, span_reference(s, &st->normal));
         st->special = is_special(s.max);
         return;
@@ -660,6 +695,10 @@ static void reference_pass(fsm_state *st) {
     }
     st->special = (int)v_hsum(special);
     st->normal = v_hsum(far) == 0;
+    if (!st->normal || !st->holes) return;
+    st->normal = HOLES;
+    for (int l = 0; l < st->lanes; l += VL)
+        v_store(LANE(st->exp[1]) + l, v_sub(v_load(LANE(st->max) + l), v_set1(HOLE_RANGE)));
 }
 
 static void sum_pass(fsm_state *st, const fsm_tile *t) {

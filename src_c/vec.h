@@ -17,6 +17,7 @@
  *                        without meeting one (exp_end); n an integer in [-190, 62] (float64:
  *                        [-1600, 254])
  *     v_exp2_normal(n)   the same for a normal 2^n
+ *     v_exp2_hole(n)     the same, and 0 at n = HOLE, a constant of each vec_*.h
  *     v_unless(a, k, b)  a != k ? b : 0
  *     v_if_less(a, b, c, d)  a < b ? c : d, so d where a or b is NaN
  *     v_any_less(a, b)   whether a < b in some lane
@@ -91,6 +92,7 @@
 #define v_rint FSM_NAME(rint)
 #define v_exp2 FSM_NAME(exp2)
 #define v_exp2_normal FSM_NAME(exp2_normal)
+#define v_exp2_hole FSM_NAME(exp2_hole)
 #define v_unless FSM_NAME(unless)
 #define v_if_less FSM_NAME(if_less)
 #define v_any_less FSM_NAME(any_less)

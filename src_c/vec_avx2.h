@@ -7,6 +7,10 @@
 #include <immintrin.h>
 
 enum { f32_VL = 8, f64_VL = 4, ACC_ROWS = 4, REGISTERS = 16 };
+enum {
+    f32_HOLE = -127,
+    f64_HOLE = -1023
+}; /* less 1 than the exponent of the least normal number */
 typedef __m256 f32_vec;
 typedef __m256i f32_ivec;
 typedef __m256d f64_vec;
@@ -57,6 +61,7 @@ FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) {
     const __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(w, 23));
 }
+FSM_INLINE f32_vec f32_exp2_hole(f32_vec n) { return f32_exp2_normal(n); }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm256_and_ps(_mm256_cmp_ps(a, k, _CMP_NEQ_UQ), b);
 }
@@ -143,6 +148,7 @@ FSM_INLINE f64_vec f64_exp2_normal(f64_vec n) {
     const __m256i w = _mm256_castpd_si256(_mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023)));
     return _mm256_castsi256_pd(_mm256_slli_epi64(w, 52));
 }
+FSM_INLINE f64_vec f64_exp2_hole(f64_vec n) { return f64_exp2_normal(n); }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm256_and_pd(_mm256_cmp_pd(a, k, _CMP_NEQ_UQ), b);
 }

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 enum { f32_VL = 16, f64_VL = 8, ACC_ROWS = 8, REGISTERS = 32 };
+enum { f32_HOLE = -160, f64_HOLE = -1100 }; /* exp2 is 0 there */
 typedef __m512 f32_vec;
 typedef __m512i f32_ivec;
 typedef __m512d f64_vec;
@@ -46,6 +47,7 @@ FSM_INLINE f32_vec f32_exp2(f32_vec n) {
     const __mmask16 some = _mm512_cmp_ps_mask(n, _mm512_set1_ps(-150), _CMP_NLE_UQ);
     return _mm512_maskz_scalef_ps(some, _mm512_set1_ps(1), n);
 }
+FSM_INLINE f32_vec f32_exp2_hole(f32_vec n) { return f32_exp2(n); }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, k, _CMP_NEQ_UQ), b);
 }
@@ -117,6 +119,7 @@ FSM_INLINE f64_vec f64_exp2(f64_vec n) {
     const __mmask8 some = _mm512_cmp_pd_mask(n, _mm512_set1_pd(-1075), _CMP_NLE_UQ);
     return _mm512_maskz_scalef_pd(some, _mm512_set1_pd(1), n);
 }
+FSM_INLINE f64_vec f64_exp2_hole(f64_vec n) { return f64_exp2(n); }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, k, _CMP_NEQ_UQ), b);
 }

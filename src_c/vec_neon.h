@@ -8,6 +8,10 @@
 #include <arm_neon.h>
 
 enum { f32_VL = 4, f64_VL = 2, ACC_ROWS = 8, REGISTERS = 32 };
+enum {
+    f32_HOLE = -127,
+    f64_HOLE = -1023
+}; /* less 1 than the exponent of the least normal number */
 typedef float32x4_t f32_vec;
 typedef int32x4_t f32_ivec;
 typedef float64x2_t f64_vec;
@@ -57,6 +61,7 @@ FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) {
     uint32x4_t w = vreinterpretq_u32_f32(vaddq_f32(n, vdupq_n_f32(0x1.8p23f + 127)));
     return vreinterpretq_f32_u32(vshlq_n_u32(w, 23));
 }
+FSM_INLINE f32_vec f32_exp2_hole(f32_vec n) { return f32_exp2_normal(n); }
 FSM_INLINE f32_vec f32_unless(f32_vec a, f32_vec k, f32_vec b) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(b), vceqq_f32(a, k)));
 }
@@ -115,6 +120,7 @@ FSM_INLINE f64_vec f64_exp2_normal(f64_vec n) {
     uint64x2_t w = vreinterpretq_u64_f64(vaddq_f64(n, vdupq_n_f64(0x1.8p52 + 1023)));
     return vreinterpretq_f64_u64(vshlq_n_u64(w, 52));
 }
+FSM_INLINE f64_vec f64_exp2_hole(f64_vec n) { return f64_exp2_normal(n); }
 FSM_INLINE f64_vec f64_unless(f64_vec a, f64_vec k, f64_vec b) {
     return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(b), vceqq_f64(a, k)));
 }

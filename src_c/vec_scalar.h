@@ -6,6 +6,7 @@
 #include "vec.h"
 
 enum { f32_VL = 1, f64_VL = 1, ACC_ROWS = 4, REGISTERS = 16 };
+enum { f32_HOLE = -160, f64_HOLE = -1100 }; /* exp2 is 0 there */
 typedef float f32_vec;
 typedef int32_t f32_ivec;
 typedef double f64_vec;
@@ -82,6 +83,8 @@ FSM_INLINE double f64_exp2(double n) {
 }
 FSM_INLINE float f32_exp2_normal(float n) { return f32_exp2(n); }
 FSM_INLINE double f64_exp2_normal(double n) { return f64_exp2(n); }
+FSM_INLINE float f32_exp2_hole(float n) { return f32_exp2(n); }
+FSM_INLINE double f64_exp2_hole(double n) { return f64_exp2(n); }
 
 /* Halves. */
 FSM_INLINE float f16_load(const void *p) {
