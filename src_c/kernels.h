@@ -38,6 +38,13 @@ static inline int exps_kept(ptrdiff_t n, int nontemporal) {
     return 1 + row_lag(n) / 2 + (nontemporal && n <= FSM_ASK_MOST);
 }
 
+/* Elements of the rows at work at a time, of whatever kernel: of rows of 32 vectors and less a vector
+ * of rows, or two blocks, of longer ones some. */
+static inline ptrdiff_t fused_kept(ptrdiff_t n) {
+    const ptrdiff_t rows = n <= 32 * FSM_LANE_QUANTUM ? FSM_LANE_QUANTUM : row_lag(n) + 1;
+    return rows * n > 2 * FSM_BLOCK ? rows * n : 2 * FSM_BLOCK;
+}
+
 /* Bytes of an element of a floating type. */
 static inline ptrdiff_t float_size(fsm_dtype dtype) {
     return dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
@@ -103,7 +110,16 @@ typedef struct {
     double excluded;               /* what an entry becomes that takes no part */
 } fsm_run;
 
-/* Whole rows, contiguous, nothing fused: x[r * x_stride + i], strides in bytes. */
+/* What is fused into reading whole rows: z = fma(x, scale, additive), -inf where additive is. */
+typedef struct {
+    const char *scale; /* one a row, compute type; NULL = 1 */
+    ptrdiff_t scale_stride;
+    const char *additive; /* compute type; -0 where nothing is added */
+    ptrdiff_t additive_stride;
+    void *z; /* fused_kept elements of the compute type: the rows at work */
+} fsm_fuse;
+
+/* Whole rows, contiguous: x[r * x_stride + i], strides in bytes. */
 typedef struct {
     const char *x;
     char *out;
@@ -114,6 +130,7 @@ typedef struct {
     void *scratch;
     /* The results are to go past the caches; they have the compute type, and its alignment. */
     int nontemporal;
+    const fsm_fuse *fuse; /* NULL: nothing is */
 } fsm_rows;
 
 /* An operand of attention at one leading index and one KV head: its first element, NULL if it is
@@ -159,21 +176,10 @@ typedef struct {
         tile; /* n elements of the compute type for each row, their number rounded up to a quantum */
 } fsm_columns;
 
-/* Whole rows, contiguous, with what is fused into reading them. */
-typedef struct {
-    const char *x, *scale; /* scale: one a row, compute type; NULL = 1 */
-    ptrdiff_t x_stride, scale_stride, rows, n;
-    fsm_dtype x_dtype;
-    const void *additive;   /* compute type, -inf where an entry takes no part; NULL = 0 */
-    ptrdiff_t additive_row; /* elements from row to row; 0: one for all */
-    int biased;             /* else additive holds 0 and -inf only */
-} fsm_fuse;
-
 typedef struct {
     fsm_passes passes[FSM_OP_COUNT];
     /* softmax, log_softmax, logsumexp; returns the number of rows without a finite maximum */
     ptrdiff_t (*rows)(fsm_op, const fsm_rows *);
-    void (*fuse)(void *z, const fsm_fuse *);
     void (*columns)(fsm_op, const fsm_columns *); /* the same operations */
     void (*begin)(fsm_state *, int lanes, ptrdiff_t n);
     void (*merge)(fsm_state *into, const fsm_state *from);

@@ -130,7 +130,9 @@ static void load_run(void *out, const fsm_run *run, ptrdiff_t n) {
          start += LOAD_BLOCK) { /* blocks, so that the steps meet in the nearest cache */
         const ptrdiff_t k = n - start < LOAD_BLOCK ? n - start : LOAD_BLOCK;
         real *z = (real *)out + start, bias[LOAD_BLOCK], scale[LOAD_BLOCK];
-        widen(z, run->x + start * run->x_stride, run->x_stride, run->x_dtype, k);
+        widen(z, run->x + start * run->x_stride, run->x_stride, run->x_dtype,
+              run->x_stride ? k : 1);
+        for (ptrdiff_t i = 1; i < k && !run->x_stride; i++) z[i] = z[0];
         if (run->scale || run->bias) {
             if (run->scale)
                 widen(scale, run->scale + start * run->scale_stride, run->scale_stride, REAL_DTYPE,

@@ -1,5 +1,5 @@
-/* Whole contiguous rows with nothing fused: the three passes back to back while the row is in the
- * nearest cache. */
+/* Whole contiguous rows: the three passes back to back while the row is in the nearest cache. What is
+ * fused is a pass in front of them, of the rows at work, so that they stay there, too. */
 
 #define map_and_span_rest FSM_NAME(map_and_span_rest)
 #define map_and_span_as FSM_NAME(map_and_span_as)
@@ -29,8 +29,7 @@
 #define row_exp FSM_NAME(row_exp)
 #define rows_long FSM_NAME(rows_long)
 #define rows_all FSM_NAME(rows_all)
-#define fuse_rows FSM_NAME(fuse_rows)
-#define fuse_rows_as FSM_NAME(fuse_rows_as)
+#define row_of FSM_NAME(row_of)
 #define exp_array FSM_NAME(exp_array)
 
 /* The end of map_and_span: elements from i on, the results to `at`. */
@@ -163,6 +162,12 @@ typedef struct {
     vsum sum;
 } row_state;
 
+/* A row as the passes read it, which lies where it lies, or among the fused ones. */
+FSM_INLINE char *row_of(const fsm_rows *w, ptrdiff_t r) {
+    if (!w->fuse) return (char *)(uintptr_t)w->x + r * w->x_stride;
+    return (char *)((real *)w->fuse->z + (r & row_lag(w->n)) * w->n);
+}
+
 /* The map of row `done` with the extrema of the row at `next`, or either alone if the other is not
  * (NULL, no row). */
 static span map_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state *st,
@@ -170,7 +175,8 @@ static span map_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state
     const int log = op == FSM_LOG_SOFTMAX;
     const ptrdiff_t n = w->n;
     const map_ref map = st->map;
-    const char *x = w->x + done * w->x_stride;
+    const fsm_dtype dtype = dtype_of(w);
+    const char *x = row_of(w, done);
     char *out = w->out + done * w->out_stride;
     real *e = row_exp(op, w, done);
     const void *from = e ? (const void *)e : x;
@@ -179,18 +185,18 @@ static span map_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_state
         flush(rest);
         far_row(w->out_dtype, out, e, n, map);
     } else if (w->nontemporal) /* without a next row the extrema are those of any */
-        return map_and_span_nt(log, (real *)out, from, w->x_dtype, next ? next : x, n, map, rest);
-    else if (next && (log || e) && (w->out_dtype == w->x_dtype || w->out_dtype == REAL_DTYPE))
-        return map_and_span(log, w->out_dtype, out, from, w->x_dtype, next, n, map);
-    else if (e || log) row_map(w->out_dtype, out, w->x_dtype, from, n, log, map);
-    else exp_map(w->out_dtype, out, w->x_dtype, x, n, st->exp, st->normal, !st->normal, map);
-    return next ? row_span(w->x_dtype, next, n) : (span){0, 0, 0};
+        return map_and_span_nt(log, (real *)out, from, dtype, next ? next : x, n, map, rest);
+    else if (next && (log || e) && (w->out_dtype == dtype || w->out_dtype == REAL_DTYPE))
+        return map_and_span(log, w->out_dtype, out, from, dtype, next, n, map);
+    else if (e || log) row_map(w->out_dtype, out, dtype, from, n, log, map);
+    else exp_map(w->out_dtype, out, dtype, x, n, st->exp, st->normal, !st->normal, map);
+    return next ? row_span(dtype, next, n) : (span){0, 0, 0};
 }
 
 /* Whether the results of a row are written while the exp of another is taken: past the caches, where
  * exp and its sum are one loop (TOGETHER) and both rows in the second-level cache. */
 FSM_INLINE int writes_in_sum(fsm_op op, const fsm_rows *w) {
-    return TOGETHER && w->nontemporal && op != FSM_LOGSUMEXP && w->x_dtype == REAL_DTYPE &&
+    return TOGETHER && w->nontemporal && op != FSM_LOGSUMEXP && dtype_of(w) == REAL_DTYPE &&
            w->n <= FSM_ASK_MOST && w->n <= EXACT_COARSE;
 }
 
@@ -200,7 +206,7 @@ static ready ready_of(fsm_op op, const fsm_rows *w, ptrdiff_t done, const row_st
     const int log = op == FSM_LOG_SOFTMAX;
     const real *e = row_exp(op, w, done);
     ready to = {.out = (real *)(w->out + done * w->out_stride),
-                .from = e ? e : (const real *)(w->x + done * w->x_stride),
+                .from = e ? e : (const real *)row_of(w, done),
                 .n = w->n,
                 .map = st->map,
                 .log = log};
@@ -224,18 +230,19 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
     const int fine = w->n > EXACT_COARSE, in_sum = writes_in_sum(op, w), lag = row_lag(w->n);
     const int once =
         lag == 3 && w->n <= FOLD_EVERY * VL; /* sums are one vsum, folded a step later */
-    const fsm_dtype x_dtype = w->x_dtype;
+    const fsm_dtype x_dtype = dtype_of(w);
     const ptrdiff_t n = w->n;
     pending rest = {.count = 0};
     ptrdiff_t special = 0;
     row_state state[4];
     fsm_exact_sum sum;
     for (ptrdiff_t r = 0; r < w->rows + lag; r++) {
-        const char *next = r < w->rows ? w->x + r * w->x_stride : NULL;
+        const char *next = r < w->rows ? row_of(w, r) : NULL;
         const ptrdiff_t done = r - lag, begun = r - lag / 2;
         const row_state *end = &state[done & 3];
         const int sums = begun >= 0 && begun < w->rows;
         span next_span = {0, 0, 0};
+        if (w->fuse && next) fuse_rows((real *)row_of(w, r), w, r, 1);
         if (done >= 0 && !in_sum) next_span = map_of(op, w, done, end, next, &rest);
         else if (next) next_span = row_span(x_dtype, next, n);
         if (next) {
@@ -251,11 +258,11 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
         for (int j = 0; j < FSM_PARTS; j++) sum.parts[j][0] = 0;
         if (sums) {
             row_state *st = &state[begun & 3];
-            const char *x = w->x + begun * w->x_stride, *ask = w->x + (r + 1) * w->x_stride;
+            const char *x = row_of(w, begun), *ask = w->x + (r + 1) * w->x_stride;
             real *e = row_exp(op, w, begun);
             ready to, *write = NULL;
             if (with) to = ready_of(op, w, done, end, &rest), write = &to;
-            if (r + 1 >= w->rows || x_dtype != REAL_DTYPE || n > FSM_ASK_MOST) ask = NULL;
+            if (r + 1 >= w->rows || w->x_dtype != REAL_DTYPE || n > FSM_ASK_MOST) ask = NULL;
             if (once) st->sum = row_vsum(x_dtype, e, x, n, st->exp, 0, st->normal, ask, write, 0);
             else row_sum(x_dtype, e, x, n, st->exp, &sum, 0, fine, st->normal, ask, write);
         }
@@ -355,16 +362,15 @@ FSM_INLINE void write_lines(lines *w, ptrdiff_t n) {
     *w = (lines){w->to + i, w->from + i, w->n - i};
 }
 
-/* exp_run for rows of one state, which is normal; `ask`, which is not NULL, is asked for as x is read,
+/* exp_run for rows of one state, which is normal; the rows `ask` are asked for as those of x are read,
  * and after each row as many elements of w are written. */
-FSM_NONNULL FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, const char *x,
-                                    ptrdiff_t stride, int rows, ptrdiff_t n, const fsm_state *st,
-                                    const char *ask, lines *w) {
-#define CALL(DTYPE)                                                      \
-    for (int l = 0; l < rows; l++) {                                     \
-        exp_run_as(DTYPE, e[l], x + l * stride, n, row_ref(st, l), 0, 1, \
-                   DTYPE == REAL_DTYPE ? ask + l * stride : NULL);       \
-        write_lines(w, n);                                               \
+FSM_NONNULL FSM_APART void exp_rows(fsm_dtype dtype, real *const *e, rows_at x, int rows,
+                                    ptrdiff_t n, const fsm_state *st, rows_at ask, lines *w) {
+#define CALL(DTYPE)                                                           \
+    for (int l = 0; l < rows; l++) {                                          \
+        exp_run_as(DTYPE, e[l], x.at + l * x.stride, n, row_ref(st, l), 0, 1, \
+                   DTYPE == REAL_DTYPE ? ask.at + l * ask.stride : NULL);     \
+        write_lines(w, n);                                                    \
     }
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
@@ -422,7 +428,7 @@ FSM_APART void middle_maps(int log, fsm_dtype out_dtype, char *out, ptrdiff_t ou
  * rows need not begin with a line, and written during exp of the next block. Returns what rows_long
  * does. */
 static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
-    const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
+    const fsm_dtype x_dtype = dtype_of(w), out_dtype = w->out_dtype;
     const ptrdiff_t n = w->n, fitting = 2 * FSM_BLOCK / n / VL * VL, size = sizeof(real);
     const int block = fitting > FSM_LANES ? FSM_LANES : fitting > VL ? (int)fitting : VL;
     const int log = op == FSM_LOG_SOFTMAX, past = w->nontemporal && w->out_stride == n * size;
@@ -433,21 +439,22 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
     fsm_state st;
     for (ptrdiff_t r = 0; r < w->rows; r += block) {
         const int rows = w->rows - r < block ? (int)(w->rows - r) : block;
-        const char *x = w->x + r * w->x_stride;
+        const rows_at in = rows_from(w, r, rows);
         char *out = past ? (char *)(own + left) : w->out + r * w->out_stride;
         real *e[FSM_LANES];
         vec hi[FSM_LANES], lo[FSM_LANES];
         begin_state(&st, (rows + VL - 1) / VL * VL, n);
-        middle_spans(x_dtype, &st, x, w->x_stride, rows, n);
+        middle_spans(x_dtype, &st, in.at, in.stride, rows, n);
         reference_pass(&st);
         special += st.special;
         for (int l = 0; l < rows; l++)
             e[l] = in_out ? (real *)(out + l * w->out_stride) : own + left + l * n;
-        const int whole = r + 2 * (ptrdiff_t)block <= w->rows; /* the next block, too */
-        const char *ask = whole ? x + block * w->x_stride : x; /* x: as good as nothing */
-        if (st.normal == 1) exp_rows(x_dtype, e, x, w->x_stride, rows, n, &st, ask, &waiting);
+        rows_at ask = in; /* as good as nothing */
+        if (r + 2 * (ptrdiff_t)block <= w->rows && (!w->fuse || w->x_dtype == REAL_DTYPE))
+            ask = (rows_at){w->x + (r + block) * w->x_stride, w->x_stride}; /* whole, too */
+        if (st.normal == 1) exp_rows(x_dtype, e, in, rows, n, &st, ask, &waiting);
         for (int l = 0; l < rows && st.normal != 1; l++)
-            exp_run(x_dtype, e[l], x + l * w->x_stride, n, row_ref(&st, l), st.normal, NULL);
+            exp_run(x_dtype, e[l], in.at + l * in.stride, n, row_ref(&st, l), st.normal, NULL);
         middle_sums(hi, lo, e, rows, n, st.normal);
         for (int g = 0; g < rows; g += VL) {
             middle_fold(&st.sum, g, hi + g, 0, (n + VL - 1) / VL);
@@ -459,7 +466,7 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
             continue;
         }
         const void *from[FSM_LANES];
-        for (int l = 0; l < rows; l++) from[l] = log ? (const void *)(x + l * w->x_stride) : e[l];
+        for (int l = 0; l < rows; l++) from[l] = log ? (const void *)(in.at + l * in.stride) : e[l];
         if (log || st.normal)
             middle_maps(log, out_dtype, out, w->out_stride, x_dtype, from, rows, n, &st);
         for (int l = 0; l < rows && !log && !st.normal; l++)
@@ -490,36 +497,6 @@ static ptrdiff_t rows_all(fsm_op op, const fsm_rows *w) {
         return op == FSM_SOFTMAX ? rows_few(w) : rows_short(op, w);
     if (w->rows >= 4 && w->n <= MIDDLE_ROW) return rows_middle(op, w);
     return rows_long(op, w);
-}
-
-/* ---- what is fused into the reading of whole rows ---- */
-
-FSM_INLINE void fuse_rows_as(real *z, const fsm_fuse *f, fsm_dtype dtype, int biased, int hiding) {
-    for (ptrdiff_t r = 0; r < f->rows; r++, z += f->n) {
-        const char *x = f->x + r * f->x_stride;
-        const real *add = (const real *)f->additive + r * f->additive_row;
-        real scale = 1;
-        if (f->scale) memcpy(&scale, f->scale + r * f->scale_stride, sizeof scale);
-        const vec s = v_set1(scale), least = v_set1(LEAST), excluded = v_set1(-INFINITY);
-        for (ptrdiff_t i = 0; i < f->n; i += VL) {
-            const ptrdiff_t k = f->n - i < VL ? f->n - i : VL;
-            vec a = load_as(dtype, x, i, k, v_set1(0)), b = v_set1(0);
-            if (hiding) b = load_as(REAL_DTYPE, add, i, k, v_set1(0));
-            a = biased ? v_fma(a, s, b) : v_mul(a, s);
-            if (hiding) a = v_if_less(b, least, excluded, a);
-            store_as(REAL_DTYPE, z, i, k, a);
-        }
-    }
-}
-
-/* z = fma(x, scale, additive), -inf where additive is. */
-static void fuse_rows(void *z, const fsm_fuse *f) {
-#define CALL(DTYPE)                                      \
-    if (!f->additive) fuse_rows_as(z, f, DTYPE, 0, 0);   \
-    else if (f->biased) fuse_rows_as(z, f, DTYPE, 1, 1); \
-    else fuse_rows_as(z, f, DTYPE, 0, 1)
-    SWITCH_DTYPE(f->x_dtype, CALL);
-#undef CALL
 }
 
 static void exp_array(void *out, const void *x, ptrdiff_t n) {

@@ -8,6 +8,11 @@
 #define transpose_out FSM_NAME(transpose_out)
 #define finish_pass FSM_NAME(finish_pass)
 #define fill_row FSM_NAME(fill_row)
+#define dtype_of FSM_NAME(dtype_of)
+#define fuse_rows FSM_NAME(fuse_rows)
+#define fuse_rows_as FSM_NAME(fuse_rows_as)
+#define rows_at FSM_NAME(rows_at)
+#define rows_from FSM_NAME(rows_from)
 #define few_normalisers FSM_NAME(few_normalisers)
 #define few_span FSM_NAME(few_span)
 #define few_exp FSM_NAME(few_exp)
@@ -25,6 +30,49 @@ static void fill_row(fsm_dtype dtype, char *out, ptrdiff_t n, real value) {
     for (ptrdiff_t i = 0; i < n; i += VL)
         store_as(dtype, out, i, n - i < VL ? n - i : VL, v_set1(value));
 }
+
+/* ---- what is fused into the reading of rows ---- */
+
+FSM_INLINE void fuse_rows_as(real *z, const fsm_rows *w, fsm_dtype dtype, ptrdiff_t first,
+                             ptrdiff_t rows) {
+    const fsm_fuse *f = w->fuse;
+    const vec least = v_set1(LEAST), excluded = v_set1(-INFINITY);
+    for (ptrdiff_t r = first; r < first + rows; r++, z += w->n) {
+        const char *x = w->x + r * w->x_stride;
+        const char *add = f->additive + r * f->additive_stride;
+        real scale = 1;
+        if (f->scale) memcpy(&scale, f->scale + r * f->scale_stride, sizeof scale);
+        const vec s = v_set1(scale);
+        FSM_UNROLL(2)
+        for (ptrdiff_t i = 0; i < w->n; i += VL) {
+            const ptrdiff_t k = w->n - i < VL ? w->n - i : VL;
+            const vec a = load_as(dtype, x, i, k, v_set1(0)),
+                      b = load_as(REAL_DTYPE, add, i, k, v_set1(0));
+            store_as(REAL_DTYPE, z, i, k, v_if_less(b, least, excluded, v_fma(a, s, b)));
+        }
+    }
+}
+
+/* Rows from row `first` on into z. */
+FSM_APART void fuse_rows(real *z, const fsm_rows *w, ptrdiff_t first, ptrdiff_t rows) {
+#define CALL(DTYPE) fuse_rows_as(z, w, DTYPE, first, rows)
+    SWITCH_DTYPE(w->x_dtype, CALL);
+#undef CALL
+}
+
+typedef struct {
+    const char *at;
+    ptrdiff_t stride;
+} rows_at;
+
+/* As many rows, of the type dtype_of(w): where they lie, or fused. */
+static rows_at rows_from(const fsm_rows *w, ptrdiff_t first, int rows) {
+    if (!w->fuse) return (rows_at){w->x + first * w->x_stride, w->x_stride};
+    fuse_rows(w->fuse->z, w, first, rows);
+    return (rows_at){w->fuse->z, w->n * (ptrdiff_t)sizeof(real)};
+}
+
+FSM_INLINE fsm_dtype dtype_of(const fsm_rows *w) { return w->fuse ? REAL_DTYPE : w->x_dtype; }
 
 /* ---- softmax of `lanes` rows side by side, which stay in the nearest cache ----
  *
@@ -190,7 +238,8 @@ static ptrdiff_t rows_few(const fsm_rows *w) {
     for (ptrdiff_t r = 0; r < w->rows; r += FSM_LANES) {
         const int rows = w->rows - r < FSM_LANES ? (int)(w->rows - r) : FSM_LANES;
         const int lanes = (rows + VL - 1) / VL * VL;
-        transpose_in(w->x_dtype, tile, lanes, w->x + r * w->x_stride, w->x_stride, rows, w->n);
+        const rows_at in = rows_from(w, r, rows);
+        transpose_in(dtype_of(w), tile, lanes, in.at, in.stride, rows, w->n);
         special += few_softmax(tile, lanes, w->n);
         transpose_out(w->out_dtype, tile, lanes, w->out + r * w->out_stride, w->out_stride, rows,
                       w->n);
@@ -200,7 +249,7 @@ static ptrdiff_t rows_few(const fsm_rows *w) {
 
 /* The other operations. */
 static ptrdiff_t rows_short(fsm_op op, const fsm_rows *w) {
-    const fsm_dtype x_dtype = w->x_dtype, out_dtype = w->out_dtype;
+    const fsm_dtype out_dtype = w->out_dtype;
     ptrdiff_t special = 0;
     fsm_state st;
     real tile[FSM_SHORT_ROW * FSM_LANES];
@@ -210,7 +259,8 @@ static ptrdiff_t rows_short(fsm_op op, const fsm_rows *w) {
         char *out = w->out + r * w->out_stride;
         fsm_tile t = {
             .n = w->n, .x = tile, .x_dtype = REAL_DTYPE, .out = tile, .out_dtype = REAL_DTYPE};
-        transpose_in(x_dtype, tile, lanes, w->x + r * w->x_stride, w->x_stride, rows, w->n);
+        const rows_at in = rows_from(w, r, rows);
+        transpose_in(dtype_of(w), tile, lanes, in.at, in.stride, rows, w->n);
         begin_state(&st, lanes, w->n);
         max_pass(&st, &t);
         reference_pass(&st);

@@ -27,7 +27,7 @@ enum {
     PER_THREAD = 1 << 14,    /* elements that each further thread must get */
     SCRATCH_BYTES = 1 << 19, /* of a unit that is read once: half of a common second-level cache */
     CHUNK_BYTES = 1 << 16,   /* of a piece of a longer one */
-    FUSED_BYTES = 1 << 15,   /* of fused rows at a time: as much as the nearest cache */
+    FUSED_BYTES = 1 << 15,   /* of what is added to rows: as much as the nearest cache */
     FUSED_MOST = 1 << 14,    /* elements of a fused row */
     CACHE_LEAST = 1 << 25,   /* x and out of fewer bytes stay in the caches */
     CACHE_MOST = 1 << 27,    /* of more they do not, though a server says so (fills_the_caches) */
@@ -58,8 +58,9 @@ struct fsm_plan {
     ptrdiff_t rows, n;
 
     int direct, fused, columns, wide, resident, nontemporal, labels, lanes;
-    ptrdiff_t block;  /* fused: rows at a time */
-    ptrdiff_t groups; /* of lanes along the last row dimension */
+    ptrdiff_t block;          /* fused: rows at a time, if what is added to them differs */
+    ptrdiff_t exps, additive; /* and where these begin in the scratch, behind z; elements */
+    ptrdiff_t groups;         /* of lanes along the last row dimension */
     ptrdiff_t units, chunk, chunks, slice;
     ptrdiff_t real_size, scratch_elements, scratch_size;
     char *scratch;     /* one piece a thread */
@@ -204,9 +205,14 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
                  is_native(p, p->dtype[FSM_OUT]) &&
                  lane->stride[FSM_X] == itemsize(p->dtype[FSM_X]) &&
                  lane->stride[FSM_OUT] == itemsize(p->dtype[FSM_OUT]);
-    if (p->fused) { /* z, exp, additive: see fused_rows */
-        p->block = most(FUSED_BYTES / p->real_size / p->n + 1, exps_kept(p->n, p->nontemporal));
-        p->scratch_elements = 3 * up_to_multiple(p->block * p->n, FSM_BLOCK);
+    if (p->fused) {
+        p->block = lane && (lane->stride[FSM_BIAS] || lane->stride[FSM_WHERE])
+                       ? FUSED_BYTES / p->real_size / p->n + 1
+                       : 1;
+        p->exps = up_to_multiple(fused_kept(p->n), FSM_LANE_QUANTUM);
+        p->additive =
+            p->exps + up_to_multiple(exps_kept(p->n, p->nontemporal) * p->n, FSM_LANE_QUANTUM);
+        p->scratch_elements = p->additive + p->block * p->n;
     }
 }
 
@@ -541,15 +547,19 @@ static void direct_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
     }
 }
 
-/* bias, and -inf where an entry of the row takes no part, into `to`. */
+/* What is added to a row, -inf where an entry takes no part, into `to`. */
 static void load_additive(const fsm_plan *p, const unit_place *at, char *to) {
-    static const double zero = 0;
-    unit_place rest = *at;
-    rest.at[FSM_X] = (char *)(uintptr_t)&zero;
-    rest.at[FSM_SCALE] = NULL;
-    fsm_run run = run_at(p, &rest, FSM_X, 0, axis_step, 1);
-    run.x_stride = 0;
-    run.x_dtype = p->compute;
+    static const double nothing = -0.0;
+    fsm_run run = run_at(p, at, FSM_X, 0, axis_step, 1);
+    run.scale = run.bias = NULL;
+    run.x = at->at[FSM_BIAS];
+    run.x_stride = axis_step(p, FSM_BIAS);
+    run.x_dtype = p->dtype[FSM_BIAS];
+    if (!run.x) {
+        run.x = (const char *)&nothing;
+        run.x_stride = 0;
+        run.x_dtype = FSM_F64;
+    }
     p->kernels->load(to, &run, p->n);
 }
 
@@ -567,40 +577,39 @@ static void mend_special(const fsm_plan *p, unit_place at, ptrdiff_t rows, char 
 static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end) {
     const fsm_plan *p = context;
     const ptrdiff_t inner = p->row_ndim ? p->row[p->row_ndim - 1].size : 1;
-    const ptrdiff_t part = p->scratch_elements / 3 * p->real_size;
-    char *z = scratch_of(p, thread), *e = z + part, *additive = e + part;
-    const int hiding = p->data[FSM_BIAS] || p->data[FSM_WHERE];
+    char *z = scratch_of(p, thread), *e = z + p->exps * p->real_size,
+         *additive = z + p->additive * p->real_size;
     const int shared = lane_step(p, FSM_BIAS) == 0 && lane_step(p, FSM_WHERE) == 0;
+    const int there = p->data[FSM_BIAS] && !p->data[FSM_WHERE] &&
+                      p->dtype[FSM_BIAS] == p->compute && axis_step(p, FSM_BIAS) == p->real_size;
     for (ptrdiff_t r = begin + p->unit, k; r < end + p->unit; r += k) {
         k = least(inner - r % inner, end + p->unit - r);
         unit_place at = place_of(p, r);
-        if (hiding && shared) load_additive(p, &at, additive);
+        if (shared && !there) load_additive(p, &at, additive);
         for (ptrdiff_t i = 0, rows; i < k; i += rows) {
-            rows = least(k - i, p->block);
+            rows = shared || there ? k : least(k - i, p->block);
             unit_place row = at;
-            for (ptrdiff_t j = 0; j < rows && hiding && !shared; j++, advance(p, &row, 1))
+            for (ptrdiff_t j = 0; j < rows && !shared && !there; j++, advance(p, &row, 1))
                 load_additive(p, &row, additive + j * p->n * p->real_size);
-            const fsm_fuse fuse = {.x = at.at[FSM_X],
-                                   .scale = at.at[FSM_SCALE],
-                                   .x_stride = lane_step(p, FSM_X),
+            const fsm_fuse fuse = {.scale = at.at[FSM_SCALE],
                                    .scale_stride = lane_step(p, FSM_SCALE),
-                                   .rows = rows,
-                                   .n = p->n,
-                                   .x_dtype = p->dtype[FSM_X],
-                                   .additive = hiding ? additive : NULL,
-                                   .additive_row = shared ? 0 : p->n,
-                                   .biased = p->data[FSM_BIAS] != NULL};
-            p->kernels->fuse(z, &fuse);
-            const fsm_rows of = {.x = z,
+                                   .additive = there ? at.at[FSM_BIAS] : additive,
+                                   .additive_stride = there    ? lane_step(p, FSM_BIAS)
+                                                      : shared ? 0
+                                                               : p->n * p->real_size,
+                                   .z = z};
+            const fsm_rows of = {.x = at.at[FSM_X],
                                  .out = at.at[FSM_OUT],
-                                 .x_stride = p->n * p->real_size,
+                                 .x_stride = lane_step(p, FSM_X),
                                  .out_stride = lane_step(p, FSM_OUT),
                                  .rows = rows,
                                  .n = p->n,
-                                 .x_dtype = p->compute,
+                                 .x_dtype = p->dtype[FSM_X],
                                  .out_dtype = p->dtype[FSM_OUT],
                                  .scratch = e,
-                                 .nontemporal = p->nontemporal};
+                                 .nontemporal = p->nontemporal,
+                                 .fuse = &fuse};
+            const int hiding = p->data[FSM_BIAS] || p->data[FSM_WHERE];
             if (p->kernels->rows(p->op, &of) && hiding && p->op != FSM_LOGSUMEXP)
                 mend_special(p, at, rows, z);
             advance(p, &at, rows);

@@ -39,7 +39,6 @@
             },                                                                                     \
         .rows = rows_all,                                                                          \
         .columns = columns_all,                                                                    \
-        .fuse = fuse_rows,                                                                         \
         .begin = begin_state,                                                                      \
         .merge = merge_state,                                                                      \
         .load = load_run,                                                                          \
