@@ -267,7 +267,7 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
                            int shift, int normal, const char *ask) {
     const exp_vref r = exp_broadcast(ref);
     ptrdiff_t i = 0;
-    if (REGISTERS >= 32 && n >= VL && (normal || dtype == REAL_DTYPE)) {
+    if (REGISTERS >= 32 && n >= VL && normal && (normal == 1 || dtype == REAL_DTYPE)) {
         exp_mid mid = exp_begin(load_as(dtype, x, 0, VL, v_set1(0)), r, shift, normal);
         FSM_UNROLL(4)
         for (i = VL; i + VL <= n; i += VL) {
