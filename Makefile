@@ -120,7 +120,7 @@ ISAS_coverage = $(ISAS)
 # What make asm shows, with the flags of setup.py.
 ISA = avx2
 LOOP = f32_(exp_run|exp_sum|run_vsum|map_and_span|middle_|few_|group_scores|group_values|dots_of_heads)
-FLAGS_asm = -O3 -fno-split-loops -fno-align-jumps
+FLAGS_asm = -O3 -fno-split-loops -fno-unswitch-loops -fno-align-jumps
 ISAS_asm = $(ISA)
 
 TARGETS = mutate coverage sanitize half tsan valgrind emulate cross plain asm

@@ -14,6 +14,8 @@
 #define max_tail FSM_NAME(max_tail)
 #define max_end FSM_NAME(max_end)
 #define span FSM_NAME(span)
+#define has_nan FSM_NAME(has_nan)
+#define has_nan_as FSM_NAME(has_nan_as)
 #define finite_min FSM_NAME(finite_min)
 #define finite_min_as FSM_NAME(finite_min_as)
 #define row_span FSM_NAME(row_span)
@@ -136,17 +138,27 @@ FSM_APART real finite_min(fsm_dtype dtype, const void *x, ptrdiff_t n) {
 #undef CALL
 }
 
+FSM_INLINE int has_nan_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+    const vec zero = v_set1(0), one = v_set1(1);
+    vec any = zero;
+    for (ptrdiff_t i = 0; i < n; i += VL) {
+        const vec a = load_as(dtype, x, i, n - i < VL ? n - i : VL, zero);
+        any = v_max(v_unless(a, a, one), any);
+    }
+    return v_hmax(any) > 0;
+}
+
+FSM_APART int has_nan(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+#define CALL(DTYPE) return has_nan_as(DTYPE, x, n)
+    SWITCH_DTYPE(dtype, CALL);
+#undef CALL
+}
+
 FSM_INLINE span max_end(const running_max *r, fsm_dtype dtype, const void *x, ptrdiff_t n) {
     const vec zero = v_set1(0), least = v_min(r->min[0], r->min[1]);
     const real total = v_hsum(v_add(v_add(r->sum[0], r->sum[1]), v_add(r->sum[2], r->sum[3])));
     span s = {v_hmax(v_max(r->max[0], r->max[1])) + 0, -v_hmax(v_sub(zero, least)), 0};
-    if (total != total)
-        for (ptrdiff_t i = 0; i < n; i += VL) {
-            real lane[VL];
-            v_store(lane, load_as(dtype, x, i, n - i < VL ? n - i : VL, zero));
-            for (int l = 0; l < VL; l++)
-                if (lane[l] != lane[l]) s.max = NAN;
-        }
+    if (total != total && has_nan(dtype, x, n)) s.max = NAN;
     s.holes = s.min == -INFINITY && !is_special(s.max);
     if (s.holes) s.min = finite_min(dtype, x, n);
     return s;
@@ -267,7 +279,7 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
                            int shift, int normal, const char *ask) {
     const exp_vref r = exp_broadcast(ref);
     ptrdiff_t i = 0;
-    if (REGISTERS >= 32 && n >= VL && normal && (normal == 1 || dtype == REAL_DTYPE)) {
+    if (REGISTERS >= 32 && n >= VL && normal) {
         exp_mid mid = exp_begin(load_as(dtype, x, 0, VL, v_set1(0)), r, shift, normal);
         FSM_UNROLL(4)
         for (i = VL; i + VL <= n; i += VL) {
@@ -293,13 +305,18 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
 
 FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                        int normal, const char *ask) {
-#define CALL(DTYPE)                                                            \
-    if (!normal) exp_run_as(DTYPE, e, x, n, ref, 1, 0, NULL);                  \
-    else if (normal == HOLES) exp_run_as(DTYPE, e, x, n, ref, 0, HOLES, NULL); \
-    else if (REGISTERS < 32 && ask && DTYPE == REAL_DTYPE)                     \
-        exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask);                            \
+    if (normal != 1 &&
+        dtype != REAL_DTYPE) { /* loops of their own would be worth less than their size */
+        widen(e, x, float_size(dtype), dtype, n);
+        dtype = REAL_DTYPE;
+        x = e;
+    }
+#define CALL(DTYPE)                                                                               \
+    if (REGISTERS < 32 && ask && DTYPE == REAL_DTYPE) exp_run_as(DTYPE, e, x, n, ref, 0, 1, ask); \
     else exp_run_as(DTYPE, e, x, n, ref, 0, 1, NULL)
-    SWITCH_DTYPE(dtype, CALL);
+    if (!normal) exp_run_as(REAL_DTYPE, e, x, n, ref, 1, 0, NULL);
+    else if (normal == HOLES) exp_run_as(REAL_DTYPE, e, x, n, ref, 0, HOLES, NULL);
+    else SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
 
