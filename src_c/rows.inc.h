@@ -312,13 +312,7 @@ FSM_INLINE void middle_spans_as(fsm_dtype dtype, fsm_state *st, const char *x, p
     for (int l = rows; l % VL; l++) most[l] = v_set1(0);
     real min = -v_hmax(v_sub(v_set1(0), least));
     st->holes = min == -INFINITY;
-    if (st->holes) {
-        min = INFINITY;
-        for (int l = 0; l < rows; l++) {
-            const real one = finite_min(dtype, x + l * stride, n);
-            if (one < min) min = one;
-        }
-    }
+    if (st->holes) min = finite_min(dtype, x, stride, rows, n);
     for (int g = 0; g < rows; g += VL) {
         v_transpose(most + g);
         vec m = most[g];

@@ -115,25 +115,30 @@ FSM_INLINE void max_tail(running_max *r, fsm_dtype dtype, const void *x, ptrdiff
     }
 }
 
-/* The smallest finite element: a + a * 0 is NaN of an infinite a, which v_min passes over. */
-FSM_INLINE real finite_min_as(fsm_dtype dtype, const void *x, ptrdiff_t n) {
+/* The smallest finite element of some rows: a + a * 0 is NaN of an infinite a, which v_min passes
+ * over. */
+FSM_INLINE real finite_min_as(fsm_dtype dtype, const char *x, ptrdiff_t stride, ptrdiff_t rows,
+                              ptrdiff_t n) {
     const vec zero = v_set1(0), most = v_set1(INFINITY);
     vec least = most, other = most;
-    ptrdiff_t i = 0;
-    for (; i + 2 * VL <= n; i += 2 * VL) {
-        const vec a = load_as(dtype, x, i, VL, most), b = load_as(dtype, x, i + VL, VL, most);
-        least = v_min(v_fma(a, zero, a), least);
-        other = v_min(v_fma(b, zero, b), other);
-    }
-    for (; i < n; i += VL) {
-        const vec a = load_as(dtype, x, i, n - i < VL ? n - i : VL, most);
-        least = v_min(v_fma(a, zero, a), least);
+    for (ptrdiff_t r = 0; r < rows; r++, x += stride) {
+        ptrdiff_t i = 0;
+        for (; i + 2 * VL <= n; i += 2 * VL) {
+            const vec a = load_as(dtype, x, i, VL, most), b = load_as(dtype, x, i + VL, VL, most);
+            least = v_min(v_fma(a, zero, a), least);
+            other = v_min(v_fma(b, zero, b), other);
+        }
+        for (; i < n; i += VL) {
+            const vec a = load_as(dtype, x, i, n - i < VL ? n - i : VL, most);
+            least = v_min(v_fma(a, zero, a), least);
+        }
     }
     return -v_hmax(v_sub(zero, v_min(least, other)));
 }
 
-FSM_APART real finite_min(fsm_dtype dtype, const void *x, ptrdiff_t n) {
-#define CALL(DTYPE) return finite_min_as(DTYPE, x, n)
+FSM_APART real finite_min(fsm_dtype dtype, const void *x, ptrdiff_t stride, ptrdiff_t rows,
+                          ptrdiff_t n) {
+#define CALL(DTYPE) return finite_min_as(DTYPE, x, stride, rows, n)
     SWITCH_DTYPE(dtype, CALL);
 #undef CALL
 }
@@ -160,7 +165,7 @@ FSM_INLINE span max_end(const running_max *r, fsm_dtype dtype, const void *x, pt
     span s = {v_hmax(v_max(r->max[0], r->max[1])) + 0, -v_hmax(v_sub(zero, least)), 0};
     if (total != total && has_nan(dtype, x, n)) s.max = NAN;
     s.holes = s.min == -INFINITY && !is_special(s.max);
-    if (s.holes) s.min = finite_min(dtype, x, n);
+    if (s.holes) s.min = finite_min(dtype, x, 0, 1, n);
     return s;
 }
 
