@@ -2,7 +2,8 @@
  * [key][row] and [column][row], so that maximum, exp and sum are vertical operations and one row
  * never meets another.
  *
- * A group is GROUP rows, three vectors. For each block of KEYS keys, at multiples of KEYS,
+ * A group is GROUP rows, three vectors. For each block of KEYS keys, at multiples of KEYS, less the
+ * padding at its ends,
  *
  *     S = K Q^T             a tile of ACC_ROWS keys x 3 vectors in registers, one fma after the
  *                           other along the depth
@@ -272,7 +273,8 @@ static void group_begin(const fsm_attend *a, const score_rule *rule, group_state
     memset(g->o, 0, (size_t)(a->v_depth * GROUP) * sizeof(real));
 }
 
-/* Whether the rows' bias can be turned where it lies. */
+/* Whether the rows' bias can be transposed where it lies: rows of one head, or evenly apart anyway. A
+ * mask with it, or a type of its own, goes through load_additive. */
 static int turns_in_place(const fsm_attend *a, const group_state *g) {
     const fsm_dtype dtype = a->bias_dtype;
     const int native =
@@ -324,7 +326,9 @@ FSM_INLINE lane_view view_lanes(const group_state *g, const block_state *b, int 
     return (lane_view){v_load(low), v_load(high), v_load(at), v_load(g->slope + v * VL)};
 }
 
-/* Dot products into scores, in place, -inf where a key is not seen. Gathers the largest of each row. */
+/* Dot products into scores, in place, -inf where a key is not seen; gathers the largest of each row.
+ * What the rule has not costs nothing: a loop for all of it took 20 cycles a vector, an eighth of
+ * the time with a bias. natural: as in the rule; shaped: with softcap or slopes; partial: with keys not seen. */
 FSM_INLINE void group_rule_as(const score_rule *rule, const group_state *g, const block_state *b,
                               const block_view *seen, real *s, int natural, int shaped, int partial,
                               int biased, vec top[3]) {

@@ -120,7 +120,7 @@ FSM_INLINE exp_vref exp_broadcast(exp_ref r) {
  * the clamp: rows that have one are finished elsewhere. What is known of a row saves operations:
  * shift == 0 that c is 0, normal == 1 that x is within EXP_NORMAL of the maximum, so that neither e
  * nor what becomes of it is subnormal; HOLES: but for those x that are -inf, as masks leave them. The
- * clamp is then at HOLE_RANGE, of which v_exp2_hole makes 0. */
+ * clamp is then at HOLE_RANGE, where 2^n is 0 (v_exp2_hole), and with it e. */
 #undef HOLES
 #undef HOLE_RANGE
 #define HOLES 2

@@ -38,8 +38,8 @@ static inline int exps_kept(ptrdiff_t n, int nontemporal) {
     return 1 + row_lag(n) / 2 + (nontemporal && n <= FSM_ASK_MOST);
 }
 
-/* Elements of the rows at work at a time, of whatever kernel: of rows of 32 vectors and less a vector
- * of rows, or two blocks, of longer ones some. */
+/* Elements of z (fsm_fuse): of as many rows as any kernel has at work at a time. Of rows of up to 32
+ * vectors these are two blocks, or as many as a vector has elements (rows_middle). */
 static inline ptrdiff_t fused_kept(ptrdiff_t n) {
     const ptrdiff_t rows = n <= 32 * FSM_LANE_QUANTUM ? FSM_LANE_QUANTUM : row_lag(n) + 1;
     return rows * n > 2 * FSM_BLOCK ? rows * n : 2 * FSM_BLOCK;

@@ -547,20 +547,26 @@ static void direct_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
     }
 }
 
-/* What is added to a row, -inf where an entry takes no part, into `to`. */
-static void load_additive(const fsm_plan *p, const unit_place *at, char *to) {
+/* What is added to `rows` rows, -inf where an entry takes no part, into `to`. */
+static void load_additive(const fsm_plan *p, unit_place at, ptrdiff_t rows, char *to) {
     static const double nothing = -0.0;
-    fsm_run run = run_at(p, at, FSM_X, 0, axis_step, 1);
-    run.scale = run.bias = NULL;
-    run.x = at->at[FSM_BIAS];
-    run.x_stride = axis_step(p, FSM_BIAS);
-    run.x_dtype = p->dtype[FSM_BIAS];
-    if (!run.x) {
-        run.x = (const char *)&nothing;
-        run.x_stride = 0;
-        run.x_dtype = FSM_F64;
+    const ptrdiff_t row = p->n * p->real_size;
+    const int one_run = lane_step(p, FSM_BIAS) == p->n * axis_step(p, FSM_BIAS) &&
+                        lane_step(p, FSM_WHERE) == p->n * axis_step(p, FSM_WHERE);
+    const ptrdiff_t step = one_run ? rows : 1; /* of a few elements a call takes longer than they */
+    for (ptrdiff_t r = 0; r < rows; r += step, advance(p, &at, step)) {
+        fsm_run run = run_at(p, &at, FSM_X, 0, axis_step, 1);
+        run.scale = run.bias = NULL;
+        run.x = at.at[FSM_BIAS];
+        run.x_stride = axis_step(p, FSM_BIAS);
+        run.x_dtype = p->dtype[FSM_BIAS];
+        if (!run.x) {
+            run.x = (const char *)&nothing;
+            run.x_stride = 0;
+            run.x_dtype = FSM_F64;
+        }
+        p->kernels->load(to + r * row, &run, step * p->n);
     }
-    p->kernels->load(to, &run, p->n);
 }
 
 /* Rows whose maximum is not finite are NaN by now, every element of them: their entries that take
@@ -585,12 +591,10 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
     for (ptrdiff_t r = begin + p->unit, k; r < end + p->unit; r += k) {
         k = least(inner - r % inner, end + p->unit - r);
         unit_place at = place_of(p, r);
-        if (shared && !there) load_additive(p, &at, additive);
+        if (shared && !there) load_additive(p, at, 1, additive);
         for (ptrdiff_t i = 0, rows; i < k; i += rows) {
             rows = shared || there ? k : least(k - i, p->block);
-            unit_place row = at;
-            for (ptrdiff_t j = 0; j < rows && !shared && !there; j++, advance(p, &row, 1))
-                load_additive(p, &row, additive + j * p->n * p->real_size);
+            if (!shared && !there) load_additive(p, at, rows, additive);
             const fsm_fuse fuse = {.scale = at.at[FSM_SCALE],
                                    .scale_stride = lane_step(p, FSM_SCALE),
                                    .additive = there ? at.at[FSM_BIAS] : additive,
