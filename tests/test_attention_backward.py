@@ -284,6 +284,7 @@ HIDING = {
     "window": {"window": (3, 2)},
     "mask": {"mask": some_pairs()},
     "padding": {"mask": (np.arange(70) < 50)[None, :]},
+    "padding in front": {"mask": (np.arange(70) >= 66)[None, :]},
     "blind": {"mask": rng("blind").random((53, 1)) < 0.5},
     "bias": {"bias": np.where(some_pairs(), 1, -np.inf).astype(F32)},
 }
