@@ -22,9 +22,10 @@ from cpython.weakref cimport PyWeakref_NewRef
 from libc.math cimport INFINITY
 from libc.stdlib cimport llabs
 from numpy cimport (
-    NPY_ARRAY_OWNDATA, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16, PyArray_CheckExact, PyArray_DATA,
-    PyArray_DIMS, PyArray_EMPTY, PyArray_FLAGS, PyArray_ISCARRAY, PyArray_ISCARRAY_RO,
-    PyArray_ITEMSIZE, PyArray_NDIM, PyArray_SIZE, PyArray_STRIDES, PyArray_TYPE, ndarray, npy_intp,
+    NPY_ARRAY_OWNDATA, NPY_ARRAY_WRITEABLE, NPY_DOUBLE, NPY_FLOAT, NPY_FLOAT16,
+    PyArray_CheckExact, PyArray_DATA, PyArray_DIMS, PyArray_EMPTY, PyArray_FLAGS,
+    PyArray_ISCARRAY, PyArray_ISCARRAY_RO, PyArray_ITEMSIZE, PyArray_NDIM, PyArray_SIZE,
+    PyArray_STRIDES, PyArray_TYPE, ndarray, npy_intp,
 )
 
 cnp.import_array()
