@@ -585,6 +585,7 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
     const ptrdiff_t inner = p->row_ndim ? p->row[p->row_ndim - 1].size : 1;
     char *z = scratch_of(p, thread), *e = z + p->exps * p->real_size,
          *additive = z + p->additive * p->real_size;
+    /* What is added is the same for all rows; it is a bias that the kernels can read where it lies. */
     const int shared = lane_step(p, FSM_BIAS) == 0 && lane_step(p, FSM_WHERE) == 0;
     const int there = p->data[FSM_BIAS] && !p->data[FSM_WHERE] &&
                       p->dtype[FSM_BIAS] == p->compute && axis_step(p, FSM_BIAS) == p->real_size;
