@@ -119,7 +119,7 @@ ISAS_coverage = $(ISAS)
 
 # What make asm shows, with the flags of setup.py.
 ISA = avx2
-LOOP = f32_(exp_run|exp_sum|run_vsum|map_and_span|middle_|few_|group_scores|group_values|dots_of_heads)
+LOOP = f32_(exp_run|exp_sum|run_vsum|map_and_span|fuse_rows|middle_|few_|group_scores|group_values|dots_of_heads)
 FLAGS_asm = -O3 -fno-split-loops -fno-unswitch-loops -fno-align-jumps
 ISAS_asm = $(ISA)
 

@@ -326,12 +326,13 @@ FSM_INLINE lane_view view_lanes(const group_state *g, const block_state *b, int 
     return (lane_view){v_load(low), v_load(high), v_load(at), v_load(g->slope + v * VL)};
 }
 
-/* Dot products into scores, in place, -inf where a key is not seen; gathers the largest of each row.
- * What the rule has not costs nothing: a loop for all of it took 20 cycles a vector, an eighth of
- * the time with a bias. natural: as in the rule; shaped: with softcap or slopes; partial: with keys not seen. */
+/* Dot products into scores, in place, -inf where a key is not seen; gathers the largest of each
+ * row. What the rule has not costs nothing: a loop for all of it took 20 cycles a vector, an eighth
+ * of the time with a bias. natural: as in the rule; shaped: with softcap or slopes; partial: with
+ * keys not seen. */
 FSM_INLINE void group_rule_as(const score_rule *rule, const group_state *g, const block_state *b,
                               const block_view *seen, real *s, int natural, int shaped, int partial,
-                              int biased, vec top[3]) {
+                              vec top[3]) {
     const vec least = v_set1(LEAST), none = v_set1(-INFINITY), scale = v_set1(rule->scale);
     for (int v = 0; v < g->vectors; v++) {
         const lane_view view = view_lanes(g, b, v);
@@ -343,9 +344,7 @@ FSM_INLINE void group_rule_as(const score_rule *rule, const group_state *g, cons
             const vec add = seen->additive ? v_load(seen->additive + j * GROUP + v * VL)
                                            : v_set1(b->additive ? b->additive[j] : 0);
             vec x = v_load(at);
-            if (shaped)
-                x = rule_score(rule, x, biased ? add : v_set1(0), view.slope,
-                               v_abs(v_sub(view.position, key)));
+            if (shaped) x = rule_score(rule, x, add, view.slope, v_abs(v_sub(view.position, key)));
             else if (natural) x = v_fma(x, scale, add);
             if (partial) {
                 x = v_if_less(add, least, none, x);
@@ -361,11 +360,11 @@ FSM_INLINE void group_rule_as(const score_rule *rule, const group_state *g, cons
 
 static void group_rule(const fsm_attend *a, const score_rule *rule, const group_state *g,
                        const block_state *b, const block_view *seen, real *s, vec top[3]) {
-    const int biased = a->bias.at != NULL, partial = seen->hides || seen->ranged;
-    if (!rule->natural) group_rule_as(rule, g, b, seen, s, 0, 0, 1, 0, top);
-    else if (biased && !partial && rule->cap == 0 && !a->slopes.at)
-        group_rule_as(rule, g, b, seen, s, 1, 0, 0, 1, top);
-    else group_rule_as(rule, g, b, seen, s, 1, 1, 1, biased, top);
+    const int partial = seen->hides || seen->ranged;
+    if (!rule->natural) group_rule_as(rule, g, b, seen, s, 0, 0, 1, top);
+    else if (!partial && rule->cap == 0 && !a->slopes.at)
+        group_rule_as(rule, g, b, seen, s, 1, 0, 0, top);
+    else group_rule_as(rule, g, b, seen, s, 1, 1, 1, top);
 }
 
 /* Scores into weights, in place; the state of the rows takes them in. */

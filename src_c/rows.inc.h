@@ -30,6 +30,7 @@
 #define rows_long FSM_NAME(rows_long)
 #define rows_all FSM_NAME(rows_all)
 #define row_of FSM_NAME(row_of)
+#define fused_row FSM_NAME(fused_row)
 #define exp_array FSM_NAME(exp_array)
 
 /* The end of map_and_span: elements from i on, the results to `at`. */
@@ -162,10 +163,14 @@ typedef struct {
     vsum sum;
 } row_state;
 
-/* A row as the passes read it, which lies where it lies, or among the fused ones. */
-FSM_INLINE char *row_of(const fsm_rows *w, ptrdiff_t r) {
-    if (!w->fuse) return (char *)(uintptr_t)w->x + r * w->x_stride;
-    return (char *)((real *)w->fuse->z + (r & row_lag(w->n)) * w->n);
+/* Where a row lies once it is fused, until row_lag others are. */
+FSM_INLINE real *fused_row(const fsm_rows *w, ptrdiff_t r) {
+    return (real *)w->fuse->z + (r & row_lag(w->n)) * w->n;
+}
+
+/* A row as the passes read it. */
+FSM_INLINE const char *row_of(const fsm_rows *w, ptrdiff_t r) {
+    return w->fuse ? (const char *)fused_row(w, r) : w->x + r * w->x_stride;
 }
 
 /* The map of row `done` with the extrema of the row at `next`, or either alone if the other is not
@@ -242,7 +247,7 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
         const row_state *end = &state[done & 3];
         const int sums = begun >= 0 && begun < w->rows;
         span next_span = {0, 0, 0};
-        if (w->fuse && next) fuse_rows((real *)row_of(w, r), w, r, 1);
+        if (w->fuse && next) fuse_rows(fused_row(w, r), w, r, 1);
         if (done >= 0 && !in_sum) next_span = map_of(op, w, done, end, next, &rest);
         else if (next) next_span = row_span(x_dtype, next, n);
         if (next) {

@@ -555,12 +555,10 @@ static void load_additive(const fsm_plan *p, unit_place at, ptrdiff_t rows, char
                         lane_step(p, FSM_WHERE) == p->n * axis_step(p, FSM_WHERE);
     const ptrdiff_t step = one_run ? rows : 1; /* of a few elements a call takes longer than they */
     for (ptrdiff_t r = 0; r < rows; r += step, advance(p, &at, step)) {
-        fsm_run run = run_at(p, &at, FSM_X, 0, axis_step, 1);
+        const int biased = p->data[FSM_BIAS] != NULL;
+        fsm_run run = run_at(p, &at, biased ? FSM_BIAS : FSM_X, 0, axis_step, 1);
         run.scale = run.bias = NULL;
-        run.x = at.at[FSM_BIAS];
-        run.x_stride = axis_step(p, FSM_BIAS);
-        run.x_dtype = p->dtype[FSM_BIAS];
-        if (!run.x) {
+        if (!biased) {
             run.x = (const char *)&nothing;
             run.x_stride = 0;
             run.x_dtype = FSM_F64;

@@ -310,8 +310,8 @@ FSM_INLINE void exp_run_as(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n,
 
 FSM_APART void exp_run(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref,
                        int normal, const char *ask) {
-    if (normal != 1 &&
-        dtype != REAL_DTYPE) { /* loops of their own would be worth less than their size */
+    /* Loops of their own would be worth less than their size. */
+    if (normal != 1 && dtype != REAL_DTYPE) {
         widen(e, x, float_size(dtype), dtype, n);
         dtype = REAL_DTYPE;
         x = e;

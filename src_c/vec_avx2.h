@@ -7,10 +7,7 @@
 #include <immintrin.h>
 
 enum { f32_VL = 8, f64_VL = 4, ACC_ROWS = 4, REGISTERS = 16 };
-enum {
-    f32_HOLE = -127,
-    f64_HOLE = -1023
-}; /* less 1 than the exponent of the least normal number */
+enum { f32_HOLE = -127, f64_HOLE = -1023 }; /* the bits of exp2_normal are 0 there */
 typedef __m256 f32_vec;
 typedef __m256i f32_ivec;
 typedef __m256d f64_vec;

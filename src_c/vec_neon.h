@@ -8,10 +8,7 @@
 #include <arm_neon.h>
 
 enum { f32_VL = 4, f64_VL = 2, ACC_ROWS = 8, REGISTERS = 32 };
-enum {
-    f32_HOLE = -127,
-    f64_HOLE = -1023
-}; /* less 1 than the exponent of the least normal number */
+enum { f32_HOLE = -127, f64_HOLE = -1023 }; /* the bits of exp2_normal are 0 there */
 typedef float32x4_t f32_vec;
 typedef int32x4_t f32_ivec;
 typedef float64x2_t f64_vec;

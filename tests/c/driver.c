@@ -767,6 +767,20 @@ static void past_the_caches(fsm_op op) {
     }
 }
 
+/* The rows of a test that has no more than them, for the kernels. */
+static fsm_rows plain_rows(const test *t, const char *x, char *out, char *e) {
+    const ptrdiff_t n = t->shape[3];
+    return (fsm_rows){.x = x,
+                      .out = out,
+                      .x_stride = n * sizes[t->type[FSM_X]],
+                      .out_stride = n * sizes[t->type[FSM_OUT]],
+                      .rows = t->shape[1],
+                      .n = n,
+                      .x_dtype = t->type[FSM_X],
+                      .out_dtype = t->type[FSM_OUT],
+                      .scratch = e};
+}
+
 /* An operation that meets a subnormal number, as input or result of a multiplication, takes Intel 150
  * cycles: exp and what is made of it are subnormal in every fourth row, but the flag of such a
  * multiplication stays down. */
@@ -784,15 +798,7 @@ static void underflow(fsm_op op) {
             const double z = value(&t, FSM_X, i / n, i % n);
             encode(t.compute, t.compute == FSM_F64 && i / n % 4 == 3 ? 8 * z : z, x + i * size);
         }
-        fsm_rows w = {.x = x,
-                      .out = out,
-                      .x_stride = n * size,
-                      .out_stride = n * size,
-                      .rows = ROWS,
-                      .n = n,
-                      .x_dtype = t.compute,
-                      .out_dtype = t.compute,
-                      .scratch = e};
+        fsm_rows w = plain_rows(&t, x, out, e);
         const fsm_kernels *kernels = t.compute == FSM_F64 ? isa->f64 : isa->f32;
         for (; w.nontemporal < (n > FSM_SHORT_ROW ? 2 : 1); w.nontemporal++) {
             feclearexcept(FE_ALL_EXCEPT);
@@ -827,15 +833,7 @@ static void holes(fsm_op op) {
         const ptrdiff_t size = sizes[type], own = sizes[compute];
         char *x = allocate(ROWS * n * size), *out = allocate(ROWS * n * own),
              *e = allocate(exps_kept(n, 1) * n * own);
-        const fsm_rows w = {.x = x,
-                            .out = out,
-                            .x_stride = n * size,
-                            .out_stride = n * own,
-                            .rows = ROWS,
-                            .n = n,
-                            .x_dtype = type,
-                            .out_dtype = compute,
-                            .scratch = e};
+        const fsm_rows w = plain_rows(&t, x, out, e);
         for (ptrdiff_t place = 0; place < n; place += 1 + place / 100) {
             for (ptrdiff_t i = 0; i < ROWS * n; i++) encode(type, -INFINITY, x + i * size);
             for (int r = 0; r < ROWS; r++) {
