@@ -1,10 +1,10 @@
 /* Attention over strided arrays: how a problem is cut into tasks.
  *
  * A place is one leading index and one KV head. Its rows, the queries of all heads that share the KV
- * head, are cut into units of some groups (attention.inc.h); each runs over all the keys that its
- * rows see. One query instead (decode.inc.h) is cut along the keys, into parts at places that
- * depend on the number of keys alone, which are then merged: so that few heads keep many threads
- * busy, and the bits do not depend on how many.
+ * head, are cut into units of some groups (attention.inc.h), as even as whole groups allow; each runs
+ * over all the keys that its rows see. One query instead (decode.inc.h) is cut along the keys, into
+ * parts at places that depend on the number of keys alone, which are then merged: so that few heads
+ * keep many threads busy, and the bits do not depend on how many.
  *
  * A task is such a unit or part. Packed sequences, of any lengths, are cut each for itself, and their
  * tasks stand in one line, from which the threads take them, the longest first: how uneven the
@@ -66,8 +66,8 @@ static void cut_queries(const fsm_attention_plan *p, sequence *s, ptrdiff_t plac
     while (groups > 1 && ((double)groups * group_work > UNIT ||
                           (double)groups * group_work * 4 * p->threads > work))
         groups--;
-    s->rows = groups * group;
-    s->per_span = (s->span + s->rows - 1) / s->rows;
+    s->per_span = (s->span + groups * group - 1) / (groups * group);
+    s->rows = up_to_multiple((s->span + s->per_span - 1) / s->per_span, group);
     s->per_place = rows / s->span * s->per_span;
     s->tasks = places * s->per_place;
     s->task_work = (double)groups * group_work;

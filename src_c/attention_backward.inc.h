@@ -124,25 +124,25 @@ static void gradient_sink(const fsm_attend *a, ptrdiff_t head, real lse, real de
     *sum -= (double)weight[0] * (double)delta;
 }
 
-static void gradient_begin(const fsm_attend *a, const score_rule *rule, gradient_group *own,
-                           ptrdiff_t first, int rows, real *staging) {
+static void gradient_begin(const fsm_attend *a, gradient_group *own, ptrdiff_t first, ptrdiff_t end,
+                           real *staging) {
     group_state *g = &own->g;
-    group_begin(a, rule, g, first, rows, own->q_rows);
+    group_begin(a, g, first, end);
+    fetch_group(a, g, &a->q, a->depth, own->q_rows);
+    fetch_group(a, g, &a->grad_out, a->v_depth, own->grad_rows);
+    to_lanes(g->q, own->q_rows, a->depth);
+    to_lanes(own->grad, own->grad_rows, a->v_depth);
     memset(g->o, 0, (size_t)(a->depth * GROUP) * sizeof(real));
-    memset(own->grad_rows, 0, (size_t)(a->v_depth * GROUP) * sizeof(real));
     own->poisoned = -1;
     for (int l = 0; l < GROUP; l++) {
         g->alpha[l] = 1;
         own->lse[l] = INFINITY;
         own->delta[l] = 0;
-        if (l >= rows) continue;
-        const ptrdiff_t head = (first + l) / a->queries, query = (first + l) % a->queries;
-        real *grad = own->grad_rows + l * a->v_depth;
-        memcpy(&own->lse[l], element(&a->lse, head, query, 0), sizeof(real));
-        fetch_rows(grad, element(&a->grad_out, head, query, 0), 0, a->grad_out.column, a->dtype, 1,
-                   a->v_depth);
-        fetch_rows(staging, element(&a->out, head, query, 0), 0, a->out.column, a->dtype, 1,
-                   a->v_depth);
+        if (l >= g->rows) continue;
+        const row_view *view = &g->view[l];
+        const real *grad = own->grad_rows + l * a->v_depth;
+        memcpy(&own->lse[l], at_row(&a->lse, view, 0), sizeof(real));
+        fetch_rows(staging, at_row(&a->out, view, 0), 0, a->out.column, a->dtype, 1, a->v_depth);
         vec sum = v_set1(0);
         for (ptrdiff_t d = 0; d < a->v_depth; d += VL) {
             const ptrdiff_t k = a->v_depth - d < VL ? a->v_depth - d : VL;
@@ -150,12 +150,10 @@ static void gradient_begin(const fsm_attend *a, const score_rule *rule, gradient
                         load_as(REAL_DTYPE, staging, d, k, v_set1(0)), sum);
         }
         real delta = v_hsum(sum);
-        if (delta - delta != 0 && !sees_any(a, &g->view[l]))
-            delta = 0; /* out is 0 whatever dO is */
+        if (delta - delta != 0 && !sees_any(a, view)) delta = 0; /* out is 0 whatever dO is */
         own->delta[l] = delta;
-        if (a->dsinks.at && a->key_begin == 0) gradient_sink(a, head, own->lse[l], delta);
+        if (a->dsinks.at && a->key_begin == 0) gradient_sink(a, view->head, own->lse[l], delta);
     }
-    to_lanes(own->grad, own->grad_rows, a->v_depth);
 }
 
 /* Dot products into P, dP into dS, in place; dz, too, if there is a place for it. */
@@ -219,7 +217,7 @@ FSM_INLINE void gradient_rows_n(int vectors, real *to, ptrdiff_t width, const re
     ptrdiff_t j = 0;
 #define TILE(ROWS)                                                                       \
     {                                                                                    \
-        vec acc[ACC_ROWS][3];                                                            \
+        vec acc[8][3];                                                                   \
         tile_product(ROWS, vectors, w + j * GROUP, GROUP, 1, rows, columns, lanes, acc); \
         FSM_UNROLL(8)                                                                    \
         for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                     \
@@ -228,7 +226,7 @@ FSM_INLINE void gradient_rows_n(int vectors, real *to, ptrdiff_t width, const re
             v_store(at, v_add(v_load(at), acc[i][v]));                                   \
         }                                                                                \
     }
-    IN_TILES(j, keys, TILE)
+    IN_TILES(j, keys, vectors, TILE)
 #undef TILE
 }
 
@@ -270,12 +268,12 @@ static void gradient_to_queries(const fsm_attend *a, gradient_group *own, const 
 
 /* In float64, for the sum may be over all queries of all heads of a batch. */
 static void gradient_to_bias(const fsm_attend *a, const group_state *g, const block_state *b,
-                             ptrdiff_t first, const real *dz, real *staging) {
+                             const real *dz, real *staging) {
     const fsm_matrix *to = &a->dbias;
     from_lanes(staging, dz, b->n);
     for (int l = 0; l < g->rows; l++) {
         const real *row = staging + l * b->n;
-        char *at = element(to, (first + l) / a->queries, (first + l) % a->queries, b->first);
+        char *at = at_row(to, &g->view[l], b->first);
         for (ptrdiff_t j = 0; j < b->n; j++, at += to->column) {
             double *sum = (double *)(void *)at;
             *sum += (double)row[j];
@@ -295,9 +293,9 @@ static void add_row(char *to, const real *from, ptrdiff_t n) {
     }
 }
 
-/* A block for one group, whose first row is `first`; returns 0 if it sees nothing of it. */
+/* A block for one group; returns 0 if it sees nothing of it. */
 static int gradient_block(const fsm_attend *a, const score_rule *rule, gradient_state *s,
-                          gradient_group *own, block_state *b, ptrdiff_t first) {
+                          gradient_group *own, block_state *b) {
     group_state *g = &own->g;
     unit_scratch *u = &s->u;
     block_view seen;
@@ -310,7 +308,7 @@ static int gradient_block(const fsm_attend *a, const score_rule *rule, gradient_
     group_scores(g->vectors, s->d, &b->v, b->n, own->grad, a->v_depth);
     real *dz = a->dbias.at ? s->dz : NULL;
     gradient_scores(a, rule, own, b, &seen, u->s, s->d, dz);
-    if (dz) gradient_to_bias(a, g, b, first, dz, u->rows);
+    if (dz) gradient_to_bias(a, g, b, dz, u->rows);
 
     const int partial = seen.hides || seen.ranged;
     if (partial && b->poisoned < 0) b->poisoned = !all_finite(b->k, b->n, a->depth);
@@ -325,12 +323,10 @@ static int gradient_block(const fsm_attend *a, const score_rule *rule, gradient_
     return 1;
 }
 
-static void gradient_end(const fsm_attend *a, const group_state *g, ptrdiff_t first,
-                         real *staging) {
+static void gradient_end(const fsm_attend *a, const group_state *g, real *staging) {
     from_lanes(staging, g->o, a->depth);
     for (int l = 0; l < g->rows; l++)
-        add_row(element(&a->dq, (first + l) / a->queries, (first + l) % a->queries, 0),
-                staging + l * a->depth, a->depth);
+        add_row(at_row(&a->dq, &g->view[l], 0), staging + l * a->depth, a->depth);
 }
 
 static void gradient_unit(const fsm_attend *a) {
@@ -339,10 +335,9 @@ static void gradient_unit(const fsm_attend *a) {
     const score_rule rule = gradient_rule(a);
     ptrdiff_t from = a->key_end, to = a->key_begin; /* the keys that some row sees */
     int groups = 0;
-    for (ptrdiff_t r = a->begin; r < a->end; r += GROUP, groups++) {
+    for (ptrdiff_t r = a->begin; r < a->end; r += s.groups[groups++].g.rows) {
         gradient_group *own = &s.groups[groups];
-        const int rows = (int)(a->end - r < GROUP ? a->end - r : GROUP);
-        gradient_begin(a, &rule, own, r, rows, s.u.rows);
+        gradient_begin(a, own, r, a->end, s.u.rows);
         if (own->g.lo_least < from) from = own->g.lo_least;
         if (own->g.hi_most + 1 > to) to = own->g.hi_most + 1;
     }
@@ -355,13 +350,11 @@ static void gradient_unit(const fsm_attend *a) {
         memset(s.dk, 0, (size_t)(b.n * s.k_width) * sizeof(real));
         memset(s.dv, 0, (size_t)(b.n * s.v_width) * sizeof(real));
         int any = 0;
-        for (int i = 0; i < groups; i++)
-            any |= gradient_block(a, &rule, &s, &s.groups[i], &b, a->begin + i * GROUP);
+        for (int i = 0; i < groups; i++) any |= gradient_block(a, &rule, &s, &s.groups[i], &b);
         for (ptrdiff_t j = 0; any && j < b.n; j++) {
             add_row(element(&a->dk, 0, b.first + j, 0), s.dk + j * s.k_width, a->depth);
             add_row(element(&a->dv, 0, b.first + j, 0), s.dv + j * s.v_width, a->v_depth);
         }
     }
-    for (int i = 0; i < groups; i++)
-        gradient_end(a, &s.groups[i].g, a->begin + i * GROUP, s.u.rows);
+    for (int i = 0; i < groups; i++) gradient_end(a, &s.groups[i].g, s.u.rows);
 }

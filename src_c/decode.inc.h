@@ -385,7 +385,7 @@ static void decode_finish(const fsm_attend *a, void *parts, ptrdiff_t count) {
             sum += factor[0];
         }
         const row_view view = view_of(a, h);
-        const real lse = end_sum(a, &rule, &view, h, max, &sum);
+        const real lse = end_sum(a, &rule, &view, max, &sum);
         if (a->lse.at) memcpy(element(&a->lse, h, 0, 0), &lse, sizeof lse);
         for (ptrdiff_t d = 0; d < a->v_depth; d += VL) {
             const ptrdiff_t k = a->v_depth - d < VL ? a->v_depth - d : VL;

@@ -22,6 +22,7 @@
 #define rule_score FSM_NAME(rule_score)
 #define rule_tanh FSM_NAME(rule_tanh)
 #define tanh_vec FSM_NAME(tanh_vec)
+#define at_row FSM_NAME(at_row)
 #define view_of FSM_NAME(view_of)
 #define sees FSM_NAME(sees)
 #define sees_any FSM_NAME(sees_any)
@@ -83,8 +84,10 @@ FSM_INLINE vec rule_score(const score_rule *r, vec x, vec bias, vec slope, vec d
 
 /* ---- who sees whom ---- */
 
-/* One row: where its mask and bias are, and the keys [lo, hi] that position and length leave it. */
+/* One row: its head and query, where its mask and bias are, and the keys [lo, hi] that position and
+ * length leave it. */
 typedef struct {
+    ptrdiff_t head, query;
     const char *mask, *bias;
     ptrdiff_t position, lo, hi;
 } row_view;
@@ -93,10 +96,19 @@ FSM_INLINE char *element(const fsm_matrix *m, ptrdiff_t head, ptrdiff_t row, ptr
     return m->at ? m->at + head * m->head + row * m->row + column * m->column : NULL;
 }
 
+/* The row in a matrix, from a column on. */
+FSM_INLINE char *at_row(const fsm_matrix *m, const row_view *view, ptrdiff_t column) {
+    return element(m, view->head, view->query, column);
+}
+
 static row_view view_of(const fsm_attend *a, ptrdiff_t row) {
     const ptrdiff_t head = row / a->queries, query = row % a->queries, p = query + a->offset;
-    row_view view = {element(&a->mask, head, query, 0), element(&a->bias, head, query, 0), p, 0,
-                     a->length - 1};
+    row_view view = {.head = head,
+                     .query = query,
+                     .mask = element(&a->mask, head, query, 0),
+                     .bias = element(&a->bias, head, query, 0),
+                     .position = p,
+                     .hi = a->length - 1};
     if (a->left >= 0 && p - a->left > 0) view.lo = p - a->left;
     if (a->right >= 0 && p + a->right < view.hi) view.hi = p + a->right;
     if (a->causal && p < view.hi) view.hi = p;
@@ -146,13 +158,13 @@ static real sink_of(const fsm_attend *a, ptrdiff_t head) {
 
 /* Returns the natural logarithm of a denominator, `sum` times exp of the maximum, if it is wanted, and
  * makes of *sum what to divide by: NaN if all that the row sees is -inf, 1 if it sees nothing. */
-static real end_sum(const fsm_attend *a, const score_rule *r, const row_view *view, ptrdiff_t head,
-                    real max, real *sum) {
+static real end_sum(const fsm_attend *a, const score_rule *r, const row_view *view, real max,
+                    real *sum) {
     if (*sum > 0) return a->lse.at ? (real)log_scaled(*sum, 0, (double)max * r->unit) : 0;
     const real lse = *sum == 0 ? (real)-INFINITY : (real)NAN;
     const int blind = !sees_any(a, view);
     *sum = blind ? 1 : (real)NAN;
-    return blind ? sink_of(a, head) : lse;
+    return blind ? sink_of(a, view->head) : lse;
 }
 
 /* ---- reading ---- */

@@ -48,11 +48,11 @@ FSM_INLINE f32_vec f32_fnma(f32_vec a, f32_vec b, f32_vec c) { return _mm256_fnm
 FSM_INLINE f32_vec f32_max(f32_vec a, f32_vec b) { return _mm256_max_ps(a, b); }
 FSM_INLINE f32_vec f32_min(f32_vec a, f32_vec b) { return _mm256_min_ps(a, b); }
 FSM_INLINE f32_vec f32_abs(f32_vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-FSM_INLINE f32_vec f32_exp2(f32_vec n) { /* see vec_scalar.h */
-    const __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127 + 64)));
-    const __m256 some = _mm256_cmp_ps(n, _mm256_set1_ps(-150), _CMP_NLE_UQ),
-                 power = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 23)), some);
-    return _mm256_mul_ps(power, _mm256_set1_ps(0x1p-64f));
+FSM_INLINE f32_vec f32_exp2(f32_vec n) { /* see vec_scalar.h; an exponent field of 0 is 0 */
+    const __m256i zero = _mm256_castps_si256(_mm256_set1_ps(0x1.8p23f)),
+                  w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 150)));
+    const __m256i power = _mm256_slli_epi32(_mm256_max_epi32(w, zero), 23);
+    return _mm256_mul_ps(_mm256_castsi256_ps(power), _mm256_set1_ps(0x1p-23f));
 }
 FSM_INLINE f32_vec f32_exp2_normal(f32_vec n) {
     const __m256i w = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127)));
