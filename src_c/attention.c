@@ -184,18 +184,11 @@ static char *scratch_of(const fsm_attention_plan *p, int thread) {
     return at + (-(uintptr_t)at & (FSM_ALIGN - 1));
 }
 
-/* Heads [head, head + heads) at a place, which share a KV head. */
-static fsm_attend attend_at(const fsm_attention_plan *p, ptrdiff_t place, ptrdiff_t head,
-                            ptrdiff_t heads, int thread) {
-    fsm_attend one = attend_place(&p->problem, place, head, heads);
-    one.scratch = scratch_of(p, thread);
-    return one;
-}
-
-/* The same at a place of a sequence. */
+/* Heads [head, head + heads) at a place of a sequence, which share a KV head. */
 static fsm_attend attend_in(const fsm_attention_plan *p, const sequence *s, ptrdiff_t place,
                             ptrdiff_t head, ptrdiff_t heads, int thread) {
-    fsm_attend a = attend_at(p, s->lead * p->problem.kv_heads + place, head, heads, thread);
+    fsm_attend a = attend_place(&p->problem, s->lead * p->problem.kv_heads + place, head, heads);
+    a.scratch = scratch_of(p, thread);
     a.queries = s->queries;
     a.keys = s->keys;
     a.length = least(a.length, s->keys);
@@ -287,7 +280,7 @@ static ptrdiff_t slice_end(const fsm_attention_plan *p) {
 }
 
 fsm_status fsm_attention_run(fsm_attention_plan *p) {
-    const unsigned mode = fsm_fp_enter();
+    const uint64_t mode = fsm_fp_enter();
     const ptrdiff_t end = slice_end(p), count = end - p->next;
     fsm_fp_leave(mode);
     fsm_parallel_for(p->threads, count, 1, do_tasks, p);

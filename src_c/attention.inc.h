@@ -91,12 +91,6 @@ typedef struct {
     real *s, *additive, *along, *rows, *k, *v, *clean;
 } unit_scratch;
 
-/* Part of the scratch at `at`, of which `used` bytes are taken. */
-#undef TAKE
-#define TAKE(type, count)        \
-    (type *)(void *)(at + used); \
-    used += ((ptrdiff_t)sizeof(type) * (count) + FSM_ALIGN - 1) / FSM_ALIGN * FSM_ALIGN
-
 /* Where everything lies in the scratch of a thread; returns its size in bytes. */
 static ptrdiff_t attend_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, unit_scratch *u) {
     ptrdiff_t used = 0;
@@ -331,7 +325,8 @@ static int group_additive(const fsm_attend *a, const group_state *g, const block
     return v_any_less(zero, seen);
 }
 
-/* The views of VL rows, relative to a block: small, so exact. */
+/* The views of VL rows, relative to a block: small, so exact, but for positions 2^24 keys away or more
+ * (2^53), which only slopes ask for: one rounding of a distance. */
 FSM_INLINE lane_view view_lanes(const group_state *g, const block_state *b, int v) {
     real low[VL], high[VL], at[VL];
     for (int l = 0; l < VL; l++) {

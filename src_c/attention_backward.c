@@ -8,7 +8,8 @@
  * lengths alone, so bits do not depend on the threads.
  *
  * Where gradients are broadcast, places add to the same numbers: then they are done one leading
- * index, or one place, after the other.
+ * index, or one place, after the other. Where the gradient of a bias is the same for all keys, so do
+ * pieces of a round, if their rows meet in it, too: then there is one thread.
  *
  * fsm_attention_backward_run does a slice of a round, so that the caller can look for signals in
  * between. */
@@ -76,7 +77,8 @@ fsm_status fsm_attention_backward_new(fsm_attention_backward_plan **result,
         p->parts *= 2;
     const double piece = work / (double)(p->parts * p->parts);
     p->threads = work * (double)p->places < SERIAL_BELOW ? 1 : a->threads;
-    if (bias->data && last[1] == 0 && last[2] == 0) p->threads = 1; /* all pieces meet in it */
+    const int rows_meet = last[1] == 0 || (heads_meet && p->share > 1);
+    if (bias->data && last[2] == 0 && rows_meet) p->threads = 1;
     p->threads = (int)least(p->threads, p->together * p->parts);
     const double slice = SLICE * p->threads / (a->isa == &fsm_isa_scalar ? 16 : 1) / (piece + 1);
     p->per_slice =

@@ -93,7 +93,6 @@ static ptrdiff_t gradient_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, g
             g->grad_rows = grad_rows;
         }
     }
-#undef TAKE
     return used;
 }
 

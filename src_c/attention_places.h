@@ -89,7 +89,7 @@ static inline fsm_attend attend_place(const fsm_attention *a, ptrdiff_t place, p
         .left = a->left,
         .right = a->right,
         .offset = number_at(a, FSM_ATTN_OFFSET, lead, 0),
-        .length = number_at(a, FSM_ATTN_LENGTHS, lead, a->keys),
+        .length = most(0, least(number_at(a, FSM_ATTN_LENGTHS, lead, a->keys), a->keys)),
     };
 }
 

@@ -153,7 +153,7 @@ static void columns_all(fsm_op op, const fsm_columns *c) {
     begin_state(&st, lanes, c->n);
     columns_in(c->x_dtype, &st, tile, c);
     reference_pass(&st);
-    lane_sum(&st, op == FSM_SOFTMAX ? tile : NULL, tile, c->n, c->n > EXACT_COARSE, c->n * VL, VL);
+    lane_sum(&st, op == FSM_SOFTMAX ? tile : NULL, tile, c->n, 0, c->n * VL, VL);
     finish_pass(op, &st);
     if (op == FSM_SOFTMAX && !st.normal) { /* what is left is y - 0 - 0 */
         far_lanes(&st, tile, c->n, c->n * VL, VL);

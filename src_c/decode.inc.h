@@ -38,16 +38,12 @@ typedef struct {
 static ptrdiff_t decode_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, ptrdiff_t heads,
                                decode_state *u) {
     ptrdiff_t used = 0;
-#define TAKE(count)              \
-    (real *)(void *)(at + used); \
-    used += ((ptrdiff_t)sizeof(real) * (count) + FSM_ALIGN - 1) / FSM_ALIGN * FSM_ALIGN
-    u->q = TAKE(heads * depth);
-    u->s = TAKE(heads * BLOCK);
-    u->additive = TAKE(BLOCK);
-    u->k = TAKE(BLOCK * depth);
-    u->v = TAKE(BLOCK * v_depth);
-    u->clean = TAKE(BLOCK * v_depth);
-#undef TAKE
+    u->q = TAKE(real, heads * depth);
+    u->s = TAKE(real, heads * BLOCK);
+    u->additive = TAKE(real, BLOCK);
+    u->k = TAKE(real, BLOCK * depth);
+    u->v = TAKE(real, BLOCK * v_depth);
+    u->clean = TAKE(real, BLOCK * v_depth);
     return used;
 }
 
@@ -221,19 +217,19 @@ static real block_weights(const score_rule *rule, real *state, ptrdiff_t n, real
 FSM_INLINE void values(fsm_dtype dtype, int heads, int vectors, real *o, ptrdiff_t o_head,
                        const real *alpha, const real *p, const stream *v, ptrdiff_t keys,
                        ptrdiff_t d, ptrdiff_t n) {
-    vec acc[4][8];
+    vec acc[4][4];
     FSM_UNROLL(4)
-    for (int h = 0; h < heads; h++) FSM_UNROLL(8)
+    for (int h = 0; h < heads; h++) FSM_UNROLL(4)
     for (int x = 0; x < vectors; x++) acc[h][x] = v_set1(0);
     for (ptrdiff_t j = 0; j < keys; j++) {
-        vec value[8];
-        FSM_UNROLL(8)
+        vec value[4];
+        FSM_UNROLL(4)
         for (int x = 0; x < vectors; x++)
             value[x] = load_as(dtype, v->at + j * v->row, d + x * VL, n, v_set1(0));
         FSM_UNROLL(4)
         for (int h = 0; h < heads; h++) {
             const vec weight = v_set1(p[h * BLOCK + j]);
-            FSM_UNROLL(8)
+            FSM_UNROLL(4)
             for (int x = 0; x < vectors; x++) acc[h][x] = v_fma(value[x], weight, acc[h][x]);
         }
     }
@@ -245,7 +241,7 @@ FSM_INLINE void values(fsm_dtype dtype, int heads, int vectors, real *o, ptrdiff
         }
 }
 
-/* heads * 4 vectors at a time while there are so many, at most DECODE_ACC. */
+/* 4 vectors of columns at a time while there are so many, of 4 heads as many as the registers hold. */
 FSM_INLINE void values_of_heads(int heads, real *o, ptrdiff_t o_head, const real *alpha,
                                 const real *p, const stream *v, ptrdiff_t keys, ptrdiff_t columns) {
     ptrdiff_t d = 0;

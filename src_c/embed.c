@@ -117,7 +117,7 @@ fsm_status fsm_attention_heads(const fsm_isa *isa, fsm_dtype dtype, const void *
         (dtype != FSM_F64 && !isfinite((float)scale)))
         return FSM_INVALID;
     if (heads == 0 || queries == 0) return FSM_DONE;
-    if (!q || !out || (keys && (!k || !v))) return FSM_INVALID;
+    if (!q || (v_depth && !out) || (keys && (!k || (v_depth && !v)))) return FSM_INVALID;
     const fsm_dtype compute = compute_type(dtype);
     const ptrdiff_t real_size = float_size(compute);
     const ptrdiff_t far = (ptrdiff_t)1 << (sizeof far * 8 - 3); /* beyond it nothing changes */

@@ -119,7 +119,8 @@ FSM_INLINE exp_vref exp_broadcast(exp_ref r) {
  * before has chains half as long, which a processor overlaps better (softmax.inc.h). NaN is read as
  * the clamp: rows that have one are finished elsewhere. What is known of a row saves operations:
  * shift == 0 that c is 0, normal == 1 that x is within EXP_NORMAL of the maximum, so that neither e
- * nor what becomes of it is subnormal; HOLES: but for those x that are -inf, as masks leave them. The
+ * nor what becomes of it is subnormal (but e times the small part of 1/sum may be where the sum is
+ * beyond 2^6, which costs time on Intel and changes no bit); HOLES: but for those x that are -inf, as masks leave them. The
  * clamp is then at HOLE_RANGE, where 2^n is 0 (v_exp2_hole), and with it e. */
 #undef HOLES
 #undef HOLE_RANGE
@@ -185,7 +186,7 @@ FSM_INLINE vec exp_end(exp_mid m, int normal) {
     return normal ? e : v_if_less(m.n, least, from_units(e), e);
 }
 
-/* 2^t for t <= 0, exactly 1 at 0; NaN stays NaN. t - rint(t) is exact, so the error is that of the
+/* 2^t for t <= 0, or above by roundings; exactly 1 at 0; NaN stays NaN. t - rint(t) is exact, so the error is that of the
  * polynomial and of rounding it: 1 * 2^-24 (2^-53), relative. For attention, whose scores carry the
  * rounding of a dot product anyway. */
 FSM_INLINE vec pow2(vec t) {

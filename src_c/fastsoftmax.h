@@ -98,7 +98,8 @@ typedef struct {
 
 typedef struct {
     fsm_op op;
-    fsm_dtype compute; /* FSM_F32 or FSM_F64: not narrower than X, OUT, Y of a gradient */
+    fsm_dtype compute; /* FSM_F32 or FSM_F64: not narrower than X, OUT, Y of a gradient; FSM_F64 if
+                          one of X, Y and BIAS has integers */
     int ndim;          /* 0 to FSM_MAX_NDIM */
     int threads;       /* at most so many; small work uses fewer */
     const fsm_isa *isa;
@@ -144,7 +145,7 @@ typedef struct {
     ptrdiff_t rows, n, whole; /* n: elements of a part; whole: of a row */
     const void *x;            /* [rows, n] */
     const void *max;          /* [rows], of the whole rows, in the compute type; NaN if one is */
-    int64_t *sums;            /* [rows, FSM_PARTS] */
+    int64_t *sums;            /* [rows, FSM_PARTS]; max and sums are aligned */
     void *out;                /* [rows, n], of FSM_LOGSUMEXP [rows], for which map reads no x */
 } fsm_parts;
 
@@ -173,13 +174,13 @@ typedef enum {
     FSM_ATTN_DQ,       /* head, query, column; compute type, columns contiguous */
     FSM_ATTN_DK,       /* KV head, key, column; likewise */
     FSM_ATTN_DV,       /* KV head, key, column; likewise */
-    FSM_ATTN_DBIAS,    /* head, query, key; float64, may be absent */
-    FSM_ATTN_DSINKS,   /* head; float64, may be absent */
+    FSM_ATTN_DBIAS,    /* head, query, key; float64, aligned, may be absent */
+    FSM_ATTN_DSINKS,   /* head; likewise */
     FSM_ATTN_COUNT
 } fsm_attention_operand;
 
 typedef struct {
-    fsm_dtype compute; /* FSM_F32 or FSM_F64 */
+    fsm_dtype compute; /* FSM_F32 or FSM_F64, and this if BIAS has integers */
     int ndim;          /* of the leading dimensions; at most FSM_MAX_NDIM - 3 */
     int threads;
     const fsm_isa *isa;

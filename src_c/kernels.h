@@ -64,7 +64,7 @@ typedef struct {
     int lanes;
     ptrdiff_t n;         /* length of the whole row: it decides how fine the sum is (exp.inc.h) */
     fsm_lanes max;       /* NaN: the row has a NaN */
-    fsm_lanes min;       /* softmax, log_softmax, logsumexp: the smallest logit */
+    fsm_lanes min;       /* of logits: the smallest */
     fsm_lanes exponent;  /* weighted: the largest exponent of a term */
     fsm_lanes nonfinite; /* weighted, backward: the sum of the terms that are not finite, or 0 */
     fsm_lanes exp[5];    /* constants of exp (exp.inc.h); backward: of the scaling of the terms */
@@ -75,7 +75,7 @@ typedef struct {
     int want_sign;   /* weighted: a negative sum is log|sum| and a sign of -1, else NaN */
     int normal;      /* as min: no exp is small, and |max| is moderate; or HOLES (exp.inc.h) */
     int holes;       /* min is of the finite logits, and there are others */
-    int special; /* softmax, log_softmax: lanes whose max is not finite; map leaves garbage there */
+    int special;     /* of logits: lanes whose max is not finite; map leaves garbage there */
 } fsm_state;
 
 /* A piece of the rows of a state: n elements of each. x and out have a dtype of their own when
@@ -144,9 +144,9 @@ typedef struct {
 /* Attention for one leading index and one KV head: `heads` times `queries` rows, row r being query
  * r % queries of head r / queries. */
 typedef struct {
-    fsm_dtype dtype, bias_dtype; /* dtype: of q, k, v, out and weights */
+    fsm_dtype dtype, bias_dtype; /* dtype: of q, k, v, out, weights and grad_out */
     fsm_matrix q, k, v, mask, bias, sinks, slopes, out, lse, weights;
-    fsm_matrix grad_out, dq, dk, dv, dbias, dsinks; /* backward: added to */
+    fsm_matrix grad_out, dq, dk, dv, dbias, dsinks; /* backward; all but the first are added to */
     ptrdiff_t heads, queries, keys, depth, v_depth;
     double scale, softcap;
     int causal;

@@ -21,37 +21,38 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
-#elif defined(__aarch64__)
-#include <stdint.h>
-#else
+#elif !defined(__aarch64__)
 #include <fenv.h>
 #endif
 
-unsigned fsm_fp_enter(void) {
+/* Flags that were raised stay raised, and whatever the kernels raise is gone. */
+uint64_t fsm_fp_enter(void) {
 #if defined(__x86_64__) || defined(_M_X64)
-    const unsigned mode = _mm_getcsr();
+    const unsigned before = _mm_getcsr();
     _mm_setcsr(0x1f80); /* all exceptions masked, round to nearest, no FTZ, no DAZ */
-    return mode;
+    return before;
 #elif defined(__aarch64__)
-    uint64_t mode;
-    __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
-    __asm__ __volatile__("msr fpcr, %0" : : "r"((uint64_t)0));
-    return (unsigned)mode;
+    uint64_t mode, flags; /* of 32 bits each */
+    __asm__ __volatile__("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(mode), "=r"(flags));
+    __asm__ __volatile__("msr fpcr, xzr");
+    return mode | flags << 32;
 #else
-    const int mode = fegetround();
+    const int mode = fegetround(), flags = fetestexcept(FE_ALL_EXCEPT);
     fesetround(FE_TONEAREST);
-    return (unsigned)mode;
+    return (uint32_t)mode | (uint64_t)(uint32_t)flags << 32;
 #endif
 }
 
-void fsm_fp_leave(unsigned mode) {
+void fsm_fp_leave(uint64_t before) {
 #if defined(__x86_64__) || defined(_M_X64)
-    _mm_setcsr(mode); /* the flags too: whatever the kernels raised is gone */
+    _mm_setcsr((unsigned)before);
 #elif defined(__aarch64__)
-    __asm__ __volatile__("msr fpsr, xzr\n\tmsr fpcr, %0" : : "r"((uint64_t)mode));
+    __asm__ __volatile__("msr fpsr, %0\n\tmsr fpcr, %1"
+                         :
+                         : "r"(before >> 32), "r"(before & UINT32_MAX));
 #else
-    feclearexcept(FE_ALL_EXCEPT);
-    fesetround((int)mode);
+    feclearexcept(FE_ALL_EXCEPT & ~(int)(before >> 32));
+    fesetround((int)(uint32_t)before);
 #endif
 }
 
@@ -308,7 +309,7 @@ static void in_shares(int threads, int shares, ptrdiff_t n, ptrdiff_t grain, int
             for (int s = 0; s < shares; s++) atomic_init(&cut[s].taken, 0);
 #pragma omp parallel num_threads(threads)
             {
-                const unsigned mode = fsm_fp_enter();
+                const uint64_t mode = fsm_fp_enter();
                 const int thread = omp_get_thread_num();
                 for (int k = 0; k < shares; k++) {
                     const int s = (thread + k) % shares;
@@ -331,7 +332,7 @@ static void in_shares(int threads, int shares, ptrdiff_t n, ptrdiff_t grain, int
     }
 #endif
     (void)threads, (void)shares, (void)grain, (void)backward;
-    const unsigned mode = fsm_fp_enter();
+    const uint64_t mode = fsm_fp_enter();
     body(context, 0, 0, n);
     fsm_fp_leave(mode);
 }

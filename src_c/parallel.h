@@ -26,8 +26,8 @@ static inline ptrdiff_t up_to_multiple(ptrdiff_t a, ptrdiff_t of) { return (a + 
 /* Bytes of the last-level cache; 0 if that is not known. */
 ptrdiff_t fsm_last_cache(void);
 
-/* The floating-point mode of this thread: enter returns what to give to leave. */
-unsigned fsm_fp_enter(void);
-void fsm_fp_leave(unsigned mode);
+/* The floating-point mode and flags of this thread: enter returns what to give to leave. */
+uint64_t fsm_fp_enter(void);
+void fsm_fp_leave(uint64_t before);
 
 #endif

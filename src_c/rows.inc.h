@@ -289,8 +289,9 @@ static ptrdiff_t rows_long(fsm_op op, const fsm_rows *w) {
 
 /* ---- rows whose reductions would cost as much as they do ---- */
 
-/* Up to this long they are; FOLD_EVERY vectors at the most. Of vectors of one element there is nothing
- * to reduce: that is the length up to which blocks are of use all the same. */
+/* Up to this long they are. A row of equal elements of as many, all of them 1, counts to 512 * 2^22 in
+ * float32: what 32 bits hold without a sign (middle_fold). Of vectors of one element there is nothing to
+ * reduce: that is the length up to which blocks are of use all the same. */
 #undef MIDDLE_ROW
 #define MIDDLE_ROW (VL >= 4 ? 32 * VL : 128)
 
@@ -385,14 +386,17 @@ FSM_APART void middle_sums(vec *hi, vec *lo, real *const *e, int rows, ptrdiff_t
     for (int l = rows; l % VL; l++) hi[l] = lo[l] = v_set1(0);
 }
 
-/* The vsums of VL rows, `adds` additions to each, into the sums of lanes from g on. */
+/* The vsums of VL rows, `adds` additions to each, into the sums of lanes from g on. Part 0 has no
+ * counts below 0. */
 FSM_INLINE void middle_fold(fsm_exact_sum *sum, int g, vec counts[VL], int part, ptrdiff_t adds) {
     v_transpose(counts);
     vsum all = vsum_zero();
     for (int l = 0; l < VL; l++) all.part[part] = v_add_int(all.part[part], v_bits(counts[l]));
     bits_t count[VL];
     v_store_int(count, vsum_int(&all, part, adds * VL, 2));
-    for (int l = 0; l < VL; l++) sum_fold(sum, g + l, part, count[l]);
+    for (int l = 0; l < VL; l++)
+        sum_fold(sum, g + l, part,
+                 FSM_BITS == 32 && part == 0 ? (int64_t)(uint32_t)count[l] : count[l]);
 }
 
 /* The maps of rows, from[l] being e, or with log a row of logits. */
@@ -490,6 +494,8 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
     }
     return special;
 }
+
+_Static_assert((int64_t)MIDDLE_ROW << 22 <= UINT32_MAX, "middle_fold: counts of a row");
 
 static ptrdiff_t rows_all(fsm_op op, const fsm_rows *w) {
     if (w->rows >= 4 && w->n <= FSM_SHORT_ROW)

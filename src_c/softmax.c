@@ -150,6 +150,12 @@ static int fills_the_caches(const fsm_plan *p) {
            bytes >= (double)least(CACHE_MOST, fsm_last_cache());
 }
 
+/* Units of a row, or of groups of `lanes` rows along the innermost dimension. */
+static void count_units(fsm_plan *p, const dimension *lane) {
+    p->groups = p->lanes > 1 ? (lane->size + p->lanes - 1) / p->lanes : 1;
+    p->units = p->lanes > 1 ? p->rows / lane->size * p->groups : p->rows;
+}
+
 static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     const dimension *axis = p->axis_ndim ? &p->axis[p->axis_ndim - 1] : NULL;
     const dimension *lane = p->row_ndim ? &p->row[p->row_ndim - 1] : NULL;
@@ -174,8 +180,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
             p->rows / p->lanes < 2 * p->threads; /* narrower groups give every thread some */
         if (p->n * p->lanes > fitting || few) p->lanes = FSM_LANE_QUANTUM;
     }
-    p->groups = p->lanes > 1 ? (lane->size + p->lanes - 1) / p->lanes : 1;
-    p->units = p->lanes > 1 ? p->rows / lane->size * p->groups : p->rows;
+    count_units(p, lane);
     const ptrdiff_t unit_elements = p->n * p->lanes;
     p->resident = unit_elements <= fitting;
     p->slice = SLICE / (p->compute == FSM_F64 ? 2 : 1) / (p->op == FSM_LOGSUMEXP_WEIGHTED ? 4 : 1) /
@@ -188,8 +193,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
             p->lanes = (int)least(
                 FSM_LANES,
                 up_to_multiple(lane->size, FSM_LANE_QUANTUM)); /* threads share by chunks */
-        p->groups = p->lanes > 1 ? (lane->size + p->lanes - 1) / p->lanes : 1;
-        p->units = p->lanes > 1 ? p->rows / lane->size * p->groups : p->rows;
+        count_units(p, lane);
     }
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
     p->chunks = (p->n - 1) / p->chunk + 1; /* n may be PTRDIFF_MAX, of broadcast bytes */
@@ -666,7 +670,7 @@ static void wide_chunks(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
 /* A slice of one pass of one wide unit. */
 static void run_wide(fsm_plan *p) {
     fsm_state *st = &p->states[0];
-    const unsigned mode = fsm_fp_enter();
+    const uint64_t mode = fsm_fp_enter();
     if (p->pass_at == PASS_MAX && p->next_chunk == 0) {
         p->place = place_of(p, p->unit);
         p->kernels->begin(st, p->lanes, p->n);
@@ -730,7 +734,7 @@ void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void 
                         .n = n,
                         .x_dtype = dtype,
                         .out_dtype = dtype};
-    const unsigned mode = fsm_fp_enter();
+    const uint64_t mode = fsm_fp_enter();
     (dtype == FSM_F64 ? isa->f64 : isa->f32)->rows(log ? FSM_LOG_SOFTMAX : FSM_SOFTMAX, &w);
     fsm_fp_leave(mode);
 }

@@ -229,6 +229,25 @@ def test_threads_change_no_bit(isa):
                         assert_same_bits(a, b, (size, n))
 
 
+@pytest.mark.parametrize(
+    "shape", [(192, 1), (1, 192, 1), (8, 1, 1), (8, 1, 2048), (192, 2048), (1,)]
+)
+def test_pieces_that_meet_in_the_gradient_of_a_bias(isa, shape):
+    """Heads that share k and v, rows and keys are done at once: where a bias is broadcast they
+    would add to the same number."""
+    q, k = normal((8, 192, 8), F32), normal((1, 2048, 8), F32)
+    bias = normal(shape, F32)
+    out, lse = fs.attention(q, k, k, bias=bias, return_lse=True)
+
+    def gradient(threads):
+        with fs.num_threads(threads):
+            return fs.attention_backward(q, q, k, k, out, lse, bias=bias, return_dbias=True)[3]
+
+    want = gradient(1)
+    for _ in range(4):
+        assert_same_bits(gradient(8), want)
+
+
 def test_batch_and_heads_change_no_bit(isa):
     q, k, v = Size((3,), 4, 2, 300, 600, 8, 8).qkv(F32)
     call = Backward(q, k, v, is_causal=True)

@@ -694,3 +694,15 @@ def test_fields_of_packed_records(isa, dtype):
     records["x"] = x
     for function in FAMILY:
         assert_same_bits(function(records["x"]), function(x), isa)
+
+
+@every_dtype
+def test_rows_of_equal_elements(isa, dtype):
+    """The largest sums that there are, at each length that a vector, block or count may end at."""
+    compute = F64 if dtype == F64 else F32
+    tolerance = {2: 2.0**-7, 4: 2.0**-22, 8: 2.0**-50}[dtype.itemsize]
+    for n in [*range(1, 1100), 2048, 4096, 8192, 16384]:
+        x = np.full((5, n), -3, dtype)
+        assert_same_bits(fs.softmax(x), np.full((5, n), 1 / n, compute).astype(dtype))
+        got = fs.logsumexp(x, -1).astype(F64)
+        np.testing.assert_allclose(got, np.log(n) - 3, tolerance, tolerance)
