@@ -9,16 +9,16 @@ _WIDEST = 2**62    # a window that reaches every key, from any offset
 
 # ---- arguments ----
 
-cdef _as_floating(value, name, mask):
+cdef _as_floating(value, name):
     """As _as_array, but only the floating types."""
-    cdef ndarray array = _as_array(value, name, mask)
+    cdef ndarray array = _as_array(value, name)
     _float_code(array.dtype, name)
     return array
 
 
 cdef _as_positions(value, name):
     """An array [..., heads, positions, columns], or [positions, columns]."""
-    array = _as_floating(value, name, "mask")
+    array = _as_floating(value, name)
     if array.ndim < 2:
         raise ValueError(f"{name} must have shape [..., heads, positions, columns] or "
                          f"[positions, columns], got {array.shape}")
@@ -53,23 +53,28 @@ cdef _leading(q, k, v):
                      f"{k.shape}, v has {v.shape}")
 
 
-cdef _as_integers(value, name, lead, least, most):
-    """int64, clipped: a single number, or an array broadcast to the leading dimensions. A copy:
-    what was checked stays in range, whoever writes to the array meanwhile."""
+cdef _as_integers(value, name, kind):
+    """An array of integers; no numbers at all, which are float64 to NumPy, will do. A copy: what is
+    checked stays in range, whoever writes to the array meanwhile."""
     array = _converted(value, name).copy()
+    empty = array.dtype.kind == "f" and array.size == 0
+    if isinstance(value, np.ma.MaskedArray) or not (empty or array.dtype.kind in "iu"):
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__} of dtype {array.dtype}")
+    return array
+
+
+cdef _as_addresses(value, name, lead, least, most):
+    """int64, clipped: a single number, or an array broadcast to the leading dimensions."""
     if isinstance(value, int) and not isinstance(value, bool):  # of any size
         low = high = value
-    elif array.dtype.kind in "iu" and not isinstance(value, np.ma.MaskedArray):
-        low, high = (array.min(), array.max()) if array.size else (least, most)
+        array = np.asarray(min(max(value, -_FARTHEST), _FARTHEST), np.int64)
     else:
-        raise TypeError(f"{name} must be an integer or an array of integers, got "
-                        f"{type(value).__name__} of dtype {array.dtype}")
+        array = _as_integers(value, name, "an integer or an array of integers")
+        low, high = (array.min(), array.max()) if array.size else (least, most)
     if low < least or high > most:
         raise ValueError(f"{name} must be from {least} to {most}, got "
                          f"{low if low < least else high}")
-    array = array.astype(np.int64, copy=False)
-    if low < -_FARTHEST or high > _FARTHEST:
-        array = np.asarray(array.clip(-_FARTHEST, _FARTHEST))
+    array = np.asarray(array.astype(np.int64, copy=False).clip(-_FARTHEST, _FARTHEST))
     return _broadcast(array, lead, name, "the leading dimensions") if array.ndim else array
 
 
@@ -97,18 +102,19 @@ cdef _as_window(window):
         try:
             if isinstance(side, (bool, np.bool_)):
                 raise TypeError
-            sides.append(-1 if side is None else min(index(side), _WIDEST))
+            reach = None if side is None else index(side)
         except TypeError:
             raise TypeError("window must hold integers >= 0 or None, got "
                             f"{window!r:.40}") from None
-        if side is not None and side < 0:
+        if reach is not None and reach < 0:
             raise ValueError(f"window must hold integers >= 0 or None, got {window!r:.40}")
+        sides.append(-1 if reach is None else min(reach, _WIDEST))
     return sides
 
 
 cdef _per_head(value, name, heads, compute):
     """One number for each head, in the compute type."""
-    array = _as_floats(value, name, compute, "mask")
+    array = _as_floats(value, name, compute)
     if np.shape(array) != (heads,):
         raise ValueError(f"{name} must have shape ({heads},), one number for each head, got "
                          f"{np.shape(array)}")
@@ -124,6 +130,7 @@ cdef _enter_attention(fsm_attention *problem, q, k, v, mask, bias, bint causal, 
     arrays, which must outlive the problem, `out` the last of them; the leading dimensions; the
     shapes of the rows and of the scores, as the caller sees them; the compute type."""
     cdef int d, ndim
+    cdef ndarray y = _as_out(out)
     q, k, v = _as_positions(q, "q"), _as_positions(k, "k"), _as_positions(v, "v")
     one_head = q.ndim == k.ndim == v.ndim == 2
     q, k, v = _with_heads(q), _with_heads(k), _with_heads(v)
@@ -133,11 +140,9 @@ cdef _enter_attention(fsm_attention *problem, q, k, v, mask, bias, bint causal, 
     kv_heads, keys, v_depth = v.shape[-3:]
     rows = lead + (queries,) if one_head else lead + (heads, queries)
     scores = rows + (keys,)
-    if _result_dtype(q.dtype, None, out) != q.dtype:
-        raise TypeError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
-    y = None
-    if out is not None:
-        y = _held(out)
+    if y is not None:
+        if y.dtype != q.dtype:
+            raise TypeError(f"out must have the dtype of q, {q.dtype}, got {y.dtype}")
         _check_out(y, rows + (v_depth,))
 
     if mask is not None:
@@ -146,9 +151,9 @@ cdef _enter_attention(fsm_attention *problem, q, k, v, mask, bias, bint causal, 
     if bias is not None:
         bias = _as_floats(bias, "bias", compute, "mask")
         bias = _broadcast(bias, scores, "bias", "the shape of the scores")
-    q_offset = _as_integers(q_offset, "q_offset", lead, _INT64.min, _INT64.max)
+    q_offset = _as_addresses(q_offset, "q_offset", lead, _INT64.min, _INT64.max)
     if kv_lengths is not None:
-        kv_lengths = _as_integers(kv_lengths, "kv_lengths", lead, 0, keys)
+        kv_lengths = _as_addresses(kv_lengths, "kv_lengths", lead, 0, keys)
     if sinks is not None:
         sinks = _per_head(sinks, "sinks", heads, compute)
     if slopes is not None:
@@ -320,7 +325,9 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
     and ``S = 2 * D * abs(scale) * max(abs(q) @ abs(k)) + 2 * (64 + 4 * ceil(K / 64)) + 16``, plus
     twice the largest bias, ALiBi term or softcap; for a single query (Q = 1) with 128 in the place
     of 64. float64: the same with ``2**-53``. float16 and bfloat16: the calculation is in float32,
-    rounded once, so the result is within 1 ulp of that.
+    rounded once, so the result is within 1 ulp of that. It holds as long as the products of q and k
+    and the sums of ``exp(score - largest) * v``, which are divided in the end, do not overflow that
+    type; bias is rounded to it first.
 
     The bits of a query's result do not depend on threads, batch, heads, strides, or the other
     queries, except that a single query (Q = 1) is calculated in another order: both results are
@@ -370,8 +377,8 @@ cdef _merge(out_a, lse_a, out_b, lse_b):
     cdef fsm_merge problem
     cdef int d, ndim
     cdef ptrdiff_t row = 0
-    out_a, out_b = _as_floating(out_a, "out_a", None), _as_floating(out_b, "out_b", None)
-    lse_a, lse_b = _as_floating(lse_a, "lse_a", None), _as_floating(lse_b, "lse_b", None)
+    out_a, out_b = _as_floating(out_a, "out_a"), _as_floating(out_b, "out_b")
+    lse_a, lse_b = _as_floating(lse_a, "lse_a"), _as_floating(lse_b, "lse_b")
     if out_a.dtype != out_b.dtype:
         raise TypeError("out_a and out_b must have the same dtype, got "
                         f"{out_a.dtype} and {out_b.dtype}")

@@ -2,7 +2,7 @@
 
 cdef _as_result(value, name, shape, dtype, forward):
     """What the forward pass returned, or its gradient: of that shape and dtype."""
-    array = _as_floating(value, name, None)
+    array = _as_floating(value, name)
     if array.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}{forward}, got {array.dtype}")
     if array.shape != shape:
@@ -17,7 +17,12 @@ cdef _attention_backward(grad_out, q, k, v, out, lse, mask, bias, bint causal, q
     for wanted, given, name in ((with_dbias, bias, "bias"), (with_dsinks, sinks, "sinks")):
         if wanted and given is None:
             raise ValueError(f"return_d{name} needs {name}, got None")
-    arrays, lead, rows, scores, compute = _enter_attention(
+    # Converted once: what has a gradient has its shape.
+    q, k, v = _as_positions(q, "q"), _as_positions(k, "k"), _as_positions(v, "v")
+    compute = _compute_dtype(q.dtype, None, None)
+    bias = None if bias is None else _as_floats(bias, "bias", compute, "mask")
+    sinks = None if sinks is None else _as_floats(sinks, "sinks", compute)
+    arrays, lead, rows, scores, _ = _enter_attention(
         &problem, q, k, v, mask, bias, causal, q_offset, kv_lengths, window, scale, softcap, sinks,
         slopes, None)
     dtype, ndim = arrays[0].dtype, problem.ndim
@@ -28,20 +33,18 @@ cdef _attention_backward(grad_out, q, k, v, out, lse, mask, bias, bint causal, q
 
     # Gradients have the shapes of their arguments: what was broadcast is added up.
     wanted = []
-    for which, value, name in ((FSM_ATTN_DQ, q, "q"), (FSM_ATTN_DK, k, "k"), (FSM_ATTN_DV, v, "v")):
-        array = np.zeros(_as_positions(value, name).shape, compute)
+    for which, argument in ((FSM_ATTN_DQ, q), (FSM_ATTN_DK, k), (FSM_ATTN_DV, v)):
+        array = np.zeros(np.shape(argument), compute)
         wanted.append((array, dtype))
         with_head = _with_heads(array)
         _enter(&problem.operand[<int>which],
                np.broadcast_to(with_head, lead + with_head.shape[-3:]), ndim + 3)
     problem.operand[<int>FSM_ATTN_DBIAS].data = problem.operand[<int>FSM_ATTN_DSINKS].data = NULL
     if with_dbias:
-        bias = _as_floats(bias, "bias", compute, "mask")
         array = np.zeros(np.shape(bias), np.float64)
         wanted.append((array, bias.dtype))
         _enter(&problem.operand[<int>FSM_ATTN_DBIAS], np.broadcast_to(array, scores), ndim + 3)
     if with_dsinks:
-        sinks = _as_floats(sinks, "sinks", compute, "mask")
         array = np.zeros(np.shape(sinks), np.float64)
         wanted.append((array, sinks.dtype))
         _enter(&problem.operand[<int>FSM_ATTN_DSINKS], array, ndim + 1)

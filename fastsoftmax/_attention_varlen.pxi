@@ -1,12 +1,8 @@
 # attention_varlen: a part of _core.pyx, whose helpers it shares.
 
 cdef ndarray _as_starts(value, name, total, tokens):
-    """int64, contiguous: where each packed sequence begins, and where the last one ends. A copy:
-    what was checked stays in range, whoever writes to the array meanwhile."""
-    array = _converted(value, name).copy()
-    if array.dtype.kind not in "iu" or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be an array of integers, got {type(value).__name__} of dtype "
-                        f"{array.dtype}")
+    """int64, contiguous: where each packed sequence begins, and where the last one ends."""
+    array = _as_integers(value, name, "an array of integers")
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} must have shape (sequences + 1,), got {array.shape}")
     if array[0] != 0 or array[-1] != total:
@@ -29,19 +25,19 @@ cdef _batch(packed, n, longest):
 
 cdef _unless_shared(value, name, out):
     """value, or a copy of it if it shares memory with out."""
-    if out is None or value is None or isinstance(value, int):
+    if out is None or value is None or isinstance(value, (int, np.ma.MaskedArray)):
         return value
-    array = value if isinstance(value, np.ndarray) else _converted(value, name)
-    return array.copy() if np.may_share_memory(array, out) else value
+    array = _converted(value, name)
+    return array.copy() if np.may_share_memory(array, out) else array
 
 
 cdef _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, bint causal, q_offset,
                        kv_lengths, window, scale, softcap, sinks, slopes, out, bint with_lse):
     cdef fsm_attention problem
-    cdef ndarray q_starts, k_starts
+    cdef ndarray q_starts, k_starts, held = _as_out(out)
     packed = []
     for array, name in ((q, "q"), (k, "k"), (v, "v")):
-        array = _as_floating(array, name, None)
+        array = _as_floating(array, name)
         if array.ndim != 3:
             raise ValueError(f"{name} must have shape [total, heads, columns], got {array.shape}")
         packed.append(array)
@@ -55,10 +51,9 @@ cdef _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, mask, bias, bint cau
         raise ValueError("cu_seqlens_q and cu_seqlens_k must have the same length, sequences + 1, "
                          f"got {q_starts.size} and {k_starts.size}")
     shape = q.shape[:2] + v.shape[2:]
-    if _result_dtype(q.dtype, None, out) != q.dtype:
-        raise TypeError(f"out must have the dtype of q, {q.dtype}, got {out.dtype}")
     if out is not None:
-        held = _held(out)
+        if held.dtype != q.dtype:
+            raise TypeError(f"out must have the dtype of q, {q.dtype}, got {held.dtype}")
         _check_out(held, shape)
         shared = []
         for value, name in ((q, "q"), (k, "k"), (v, "v"), (mask, "mask"), (bias, "bias"),

@@ -65,20 +65,23 @@ cdef int _float_code(dtype, name) except -2:
     return code
 
 
-cdef ndarray _converted(value, name):
-    """What NumPy makes of an argument; its exceptions do not say of which."""
+cpdef ndarray _converted(value, name):
+    """What NumPy makes of an argument, held; its exceptions, and PyTorch's, do not say of which."""
     try:
-        return np.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
+        return _held(np.asarray(value))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name} must be array_like, got {type(value).__name__}: {error}") from error
 
 
 cpdef bint _as_flag(value, name) except -1:
     try:
-        return bool(value)
-    except (TypeError, ValueError) as error:  # an array
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}") from error
+        if not isinstance(value, str):  # "False" is true
+            return bool(value)
+        cause = None
+    except Exception as error:  # an array or a tensor, each with its own
+        cause = error
+    raise TypeError(f"{name} must be True or False, got {type(value).__name__}") from cause
 
 
 cdef extern from "numpy/arrayobject.h":
@@ -109,28 +112,29 @@ cdef ndarray _held(ndarray array):
                  PyArray_FLAGS(array), kept)
 
 
-cpdef ndarray _as_array(value, name, mask="where"):
+cpdef ndarray _as_array(value, name, mask=None):
     """An ndarray of native byte order, of a type that C knows, held. `mask` is the argument for
-    masks."""
+    masks of its shape."""
     if isinstance(value, np.ma.MaskedArray):
         hint = f", and {mask}=~mask" if mask else ""
         raise TypeError(f"{name} must not be a MaskedArray; pass its data{hint}")
     array = _converted(value, name)
     if array.dtype.kind == "O" and hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
-        array = np.from_dlpack(value)
+        array = _held(np.from_dlpack(value))
     if _code(array.dtype) < 0:
         raise TypeError(f"{name} has dtype {array.dtype}; supported are float16, bfloat16, "
                         "float32, float64, integers and bool")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return _held(array)
+    return array
 
 
-cdef ndarray _as_floats(value, name, compute, mask="where"):
+cdef ndarray _as_floats(value, name, compute, mask=None):
     """The same for a second input: integers become the compute type."""
     array = _as_array(value, name, mask)
     if array.dtype.kind == "b":
-        raise TypeError(f"{name} must be real numbers, got bool; a mask goes into {mask}=")
+        hint = f"; a mask goes into {mask}=" if mask else ""
+        raise TypeError(f"{name} must be real numbers, got bool{hint}")
     if array.dtype.kind in "iu":
         array = array.astype(compute)
     return array
@@ -159,7 +163,7 @@ cdef _as_where(where, shape):
 
 
 cdef ndarray _as_mask(value, name, hint=""):
-    array = _as_array(value, name, name)
+    array = _as_array(value, name)
     if array.dtype.kind != "b":
         raise TypeError(f"{name} must have dtype bool, got {array.dtype}{hint}")
     return array
@@ -196,18 +200,25 @@ cdef int _begin(fsm_problem *problem, fsm_op op, ndarray x, axis) except -1:
     return 0
 
 
+cdef ndarray _as_out(out):
+    """out, held before the other arguments are converted: that may run code that changes it."""
+    if out is None:
+        return None
+    if isinstance(out, np.ma.MaskedArray) or not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
+    y = _held(out)
+    _float_code(y.dtype, "the dtype of out")
+    if not y.dtype.isnative:
+        raise TypeError(f"out must have native byte order, got {y.dtype!r}")
+    return y
+
+
 cdef _result_dtype(natural, dtype, out):
-    """The dtype of the result: that of out, else `dtype`, else the natural one."""
-    if out is not None:
-        if isinstance(out, np.ma.MaskedArray) or not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
-        _float_code(out.dtype, "the dtype of out")
-        if not out.dtype.isnative:
-            raise TypeError(f"out must have native byte order, got {out.dtype!r}")
+    """The dtype of the result: that of out, which is held, else `dtype`, else the natural one."""
     if dtype is not None:
         try:
             dtype = np.dtype(dtype)
-        except TypeError:
+        except Exception:  # of text that is no dtype NumPy may make any, a SyntaxError, too
             raise TypeError(f"dtype must be {_FLOATS}, got {dtype!r}") from None
         _float_code(dtype, "dtype")
         if out is not None and out.dtype != dtype:
@@ -434,20 +445,19 @@ cdef _softmax(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint neg
 
 cdef _softmax_any(fsm_op op, x, axis, bias, where, temperature, dtype, out, bint negate):
     cdef fsm_problem problem
-    cdef ndarray a = _as_array(x, "x")
+    cdef ndarray y = _as_out(out), a = _as_array(x, "x", "where")
     shape = np.shape(a)
     _begin(&problem, op, a, axis)
-    result = _result_dtype(a.dtype, dtype, out)
+    result = _result_dtype(a.dtype, dtype, y)
     compute = _compute_dtype(a.dtype, None, result)
     problem.compute = <fsm_dtype><int>_code(compute)
     if bias is not None:
-        bias = _broadcast(_as_floats(bias, "bias", compute), shape, "bias")
+        bias = _broadcast(_as_floats(bias, "bias", compute, "where"), shape, "bias")
     where = _as_where(where, shape)
     scale = _reciprocal(temperature, shape, compute, &problem, negate)
     if out is None:
         y = np.empty_like(a, result, subok=False)
     else:
-        y = _held(out)
         _check_out(y, shape)
         a = _apart(a, y, True)
         bias = _apart(bias, y, False)
@@ -518,7 +528,7 @@ def softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=Non
     -----
     Largest error: 2 ulp of the exact softmax of z on common distributions and 3 on any row for
     float32 and float64, 0.51 ulp for float16 and bfloat16. z is rounded once to the type of the
-    calculation, as by a fused multiply-add.
+    calculation, as by a fused multiply-add, and so is bias before: -1e39 is -inf in float32.
 
     Examples
     --------
@@ -621,7 +631,7 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
         The axis or axes to sum over; None means all.
     b : array_like, optional
         Weights of either sign; real numbers that broadcast to the shape of x. An entry whose weight
-        is 0 takes no part.
+        is 0, in the type of the calculation, takes no part.
     where : array_like of bool, optional
         Broadcasts to the shape of x. An entry where it is False takes no part.
     keepdims : bool, default False
@@ -667,14 +677,15 @@ def logsumexp(x, /, axis=None, *, b=None, where=None, keepdims=False, dtype=None
 cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
     cdef fsm_problem problem
     cdef int d
-    cdef ndarray a = _as_array(x, "x")
+    y = _as_out(out)
+    cdef ndarray a = _as_array(x, "x", "where")
     shape = np.shape(a)
     _begin(&problem, FSM_LOGSUMEXP if b is None else FSM_LOGSUMEXP_WEIGHTED, a, axis)
-    result = _result_dtype(a.dtype, dtype, out)
+    result = _result_dtype(a.dtype, dtype, y)
     compute = _compute_dtype(a.dtype, None, result)
     problem.compute = <fsm_dtype><int>_code(compute)
     if b is not None:
-        b = _broadcast(_as_floats(b, "b", compute), shape, "b")
+        b = _broadcast(_as_floats(b, "b", compute, "where"), shape, "b")
     where = _as_where(where, shape)
     reduced = ()
     for d in range(a.ndim):
@@ -683,7 +694,6 @@ cdef _logsumexp(x, axis, b, where, bint keep, dtype, out, bint signed):
     if out is None:
         y = np.empty(reduced, result)
     else:
-        y = _held(out)
         _check_out(y, reduced)
         a, b, where = _apart(a, y, False), _apart(b, y, False), _apart(where, y, False)
     sign = np.empty(reduced, result) if signed else None
@@ -725,7 +735,7 @@ cdef _backward(fsm_op op, grad, y, axis, temperature, out):
 
 cdef _backward_any(fsm_op op, grad, y, axis, temperature, out):
     cdef fsm_problem problem
-    cdef ndarray g = _as_array(grad, "grad"), v = _as_array(y, "y")
+    cdef ndarray dx = _as_out(out), g = _as_array(grad, "grad"), v = _as_array(y, "y")
     shape = np.shape(g)
     if shape != np.shape(v):
         raise ValueError(f"grad and y must have one shape, got {shape} and {np.shape(v)}")
@@ -733,14 +743,13 @@ cdef _backward_any(fsm_op op, grad, y, axis, temperature, out):
     natural = g.dtype
     if v.dtype != natural:  # no promotion of NumPy's relates float16 and bfloat16
         natural = _compute_dtype(g.dtype, v.dtype, None)
-    result = _result_dtype(natural, None, out)
+    result = _result_dtype(natural, None, dx)
     compute = _compute_dtype(g.dtype, v.dtype, result)
     problem.compute = <fsm_dtype><int>_code(compute)
     scale = _reciprocal(temperature, shape, compute, &problem, False)
     if out is None:
         dx = np.empty_like(g, result, subok=False)
     else:
-        dx = _held(out)
         _check_out(dx, shape)
         g, v = _apart(g, dx, True), _apart(v, dx, True)
     _describe(&problem, FSM_X, g)
@@ -839,7 +848,7 @@ include "_embedding.pxi"
 # ---- threads ----
 
 _MOST_THREADS = 1024
-_scope = ContextVar("fastsoftmax.num_threads", default=0)
+_scopes = ContextVar("fastsoftmax.num_threads", default=())  # of the blocks around, innermost last
 cdef int _process_threads = 0  # by set_num_threads or the environment; 0: what the machine has
 cdef int _usable_cpus = 0      # looked up when it is first needed
 
@@ -904,7 +913,8 @@ def get_num_threads():
     1
     """
     global _usable_cpus
-    cdef int n = _scope.get() or _process_threads
+    cdef tuple scopes = _scopes.get()
+    cdef int n = scopes[len(scopes) - 1] if scopes else _process_threads
     if n == 0:
         if _usable_cpus == 0:
             _usable_cpus = fsm_usable_cpus()
@@ -929,14 +939,13 @@ class num_threads:
 
     def __init__(self, n, /):
         self._n = _checked_threads(n)
-        self._tokens = []
 
     def __enter__(self):
-        self._tokens.append(_scope.set(self._n))
+        _scopes.set((*_scopes.get(), self._n))
         return self
 
     def __exit__(self, *exc_info):
-        _scope.reset(self._tokens.pop())
+        _scopes.set(_scopes.get()[:-1])
 
 
 # ---- instruction sets ----
@@ -1103,7 +1112,7 @@ def _configure():
                               f"1 to {_MOST_THREADS}") from None
     else:  # a list is for nested levels of parallelism
         first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-        if first.isdigit() and 1 <= int(first) <= _MOST_THREADS:
+        if first.isdecimal() and 1 <= int(first) <= _MOST_THREADS:
             _process_threads = int(first)
     fsm_openmp_limit()  # from now on, a lower limit counts
 

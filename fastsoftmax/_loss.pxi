@@ -9,8 +9,8 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
     logits and labels; the compute type; the weight of each class and of each row, in float64, or
     None; the number of rows that count, or the sum of their weights; and the smoothing."""
     cdef int d
-    cdef object given = _converted(labels, "labels")
-    cdef ndarray x = _as_array(logits, "logits", None)
+    cdef object given = _as_integers(labels, "labels", "an array of integers, the classes")
+    cdef ndarray x = _as_array(logits, "logits")
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if x.ndim == 0:
@@ -29,9 +29,6 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
         if not problem.reduced[d]:
             shape += (x.shape[d],)
     classes = np.shape(x)[axis]  # not x.shape, which is a pointer here
-    if isinstance(labels, np.ma.MaskedArray) or (given.dtype.kind not in "iu" and given.size):
-        raise TypeError("labels must be an array of integers, the classes, got "
-                        f"{type(labels).__name__} of dtype {given.dtype}")
     if given.shape != shape:
         raise ValueError("labels must have the shape of logits without axis, "
                          f"{shape}, got {given.shape}")
@@ -46,7 +43,7 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
     problem.compute = <fsm_dtype><int>_code(compute)
     rows, total = None, np.count_nonzero(seen)
     if weight is not None:
-        weight = _as_floats(weight, "weight", np.float64, None)
+        weight = _as_floats(weight, "weight", np.float64)
         if np.shape(weight) != (classes,):
             raise ValueError(f"weight must have shape ({classes},), one number for each class, got "
                              f"{np.shape(weight)}")
@@ -117,16 +114,16 @@ cdef _smooth_gradients(dx, places, weight, every):
 cdef _cross_entropy_backward(grad, logits, labels, axis, weight, reduction, ignore_index,
                              label_smoothing, out):
     cdef fsm_problem problem
+    y = _as_out(out)
     x, places, compute, weight, rows, total, smoothing = _loss_arguments(
         &problem, FSM_CROSS_ENTROPY_BACKWARD, logits, labels, axis, weight, reduction, ignore_index,
         label_smoothing)
-    grad = _as_floats(grad, "grad", np.float64, None)
+    grad = _as_floats(grad, "grad", np.float64)
     shape = places.shape if reduction == "none" else ()
     if np.shape(grad) != shape:
         raise ValueError(f"grad must have the shape of the loss, {shape}, got {np.shape(grad)}")
-    result = _result_dtype(x.dtype, None, out)
+    result = _result_dtype(x.dtype, None, y)
     if out is not None:
-        y = _held(out)
         _check_out(y, np.shape(x))
         compute = _compute_dtype(x.dtype, None, result)
         problem.compute = <fsm_dtype><int>_code(compute)

@@ -11,7 +11,7 @@ def _of_lists(name, x, starts):
     cdef fsm_problem problem
     cdef fsm_op op = _OF_ROWS[name]
     cdef fsm_status status = FSM_DONE
-    cdef ndarray a = np.ascontiguousarray(_as_array(x, "x", None)), y
+    cdef ndarray a = np.ascontiguousarray(_as_array(x, "x")), y
     if not FSM_F16 <= _code(a.dtype) <= FSM_F64:
         a = a.astype(np.float64)
     cdef ndarray checked = _as_starts(starts, "starts", a.size, "elements")

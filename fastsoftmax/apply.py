@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -67,15 +68,20 @@ def _apply(args):
     x = _open(args.source)
     if args.target.exists() and os.path.samefile(args.source, args.target):
         raise _Refused(f"IN and OUT are the same file, {args.source}")
-    if args.target.is_dir():
-        raise _Refused(f"{args.target} is a folder")
+    target = args.target
+    if target.is_dir():
+        raise _Refused(f"{target} is a folder")
+    if target.exists() and not target.is_file():
+        raise _Refused(f"{target} is not a file but a device or a pipe")
+    if target.is_symlink():  # it stays one
+        target = target.resolve()
     function = _core.log_softmax if args.log else _core.softmax
     options = {"temperature": args.temperature, "dtype": _dtype(args.dtype)}
     # One entry finds out what is wrong with the rest, and the dtype of the result.
     one = np.zeros((1,) * x.ndim, x.dtype)
     options["dtype"] = function(one, args.axis, **options).dtype
-    with _appearing(args.target) as file:
-        y = _create(file, args.target, x.shape, options["dtype"])
+    with _appearing(target) as file:
+        y = _create(file, target, x.shape, options["dtype"])
         for block in _progress(list(_blocks(x.shape, args.axis, x.itemsize))):
             if x[block].nbytes <= 4 * BLOCK:
                 y[block] = function(x[block], args.axis, **options)
@@ -184,9 +190,7 @@ def _appearing(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # as a file that was simply opened; mkstemp's is private
+        os.chmod(name, _mode(path))  # mkstemp's is private
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -198,6 +202,15 @@ def _appearing(path):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _mode(path):
+    """Return the permissions that opening a file to write would leave it: its own, if it exists."""
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(os.stat(path).st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _forget(*maps):

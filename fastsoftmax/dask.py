@@ -194,12 +194,20 @@ def attention(
                          f"{q.shape}, {k.shape} and {v.shape}")  # fmt: skip
     if isinstance(q_offset, bool) or not isinstance(q_offset, int | np.integer):
         raise TypeError(f"q_offset must be an integer, got {type(q_offset).__name__}")
+    q_offset, offsets = int(q_offset), _core._INT64
+    if not offsets.min <= q_offset <= offsets.max:
+        raise ValueError(f"q_offset must be from {offsets.min} to {offsets.max}, got {q_offset}")
+    # As far as that they all are alike, and positions can be added.
+    q_offset = min(max(q_offset, -_core._FARTHEST), _core._FARTHEST)
     options = {"is_causal": is_causal, "window": window, "scale": scale, "softcap": softcap,
                "sinks": sinks, "alibi_slopes": alibi_slopes}  # fmt: skip
     # One position of each finds out what is wrong with the rest.
     one = [
         np.zeros((*a.shape[-3:-2], min(1, a.shape[-2]), a.shape[-1]), a.dtype) for a in (q, k, v)
     ]
+    for array, name in ((q, "q"), (k, "k"), (v, "v")):
+        if math.isnan(math.prod(array.shape)):
+            raise ValueError(f"{name} has chunks of unknown sizes; call its compute_chunk_sizes()")
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"k and v must have the same number of keys, got {k.shape}, {v.shape}")
     scores = (*q.shape[:-1], k.shape[-2])
@@ -223,7 +231,7 @@ def attention(
     real = np.float64 if q.dtype == np.float64 else np.float32
     letters = tuple(range(lead))
     head, query, column, packed, kv_head, key, v_column = range(lead, lead + 7)
-    positions = np.cumsum([0, *q.chunks[-2][:-1]]) + int(q_offset)
+    positions = np.cumsum([0, *q.chunks[-2][:-1]]) + q_offset
     positions = da.from_array(positions, chunks=1)
     cut = q.chunks[:-1]  # of scores, but for the keys
     more = []  # arrays that each part gets, and their letters
@@ -278,7 +286,14 @@ def attention(
 
 
 def _threads():
-    return int(dask.config.get("fastsoftmax.num-threads", 1))
+    name = "fastsoftmax.num-threads"
+    given = dask.config.get(name, 1)
+    try:
+        threads = int(given)
+        _core.num_threads(threads)  # looks whether it is one
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} of dask.config is {given!r}: {error}") from None
+    return threads
 
 
 def _check_dask(x, name):
@@ -398,9 +413,7 @@ def _results(*arrays, name, whole, threads, as_rows, dtype):
 
 def _for_scores(array, name, scores):
     """A mask or bias as a dask array of as many dimensions as the scores have."""
-    array = (
-        array if isinstance(array, da.Array) else da.asarray(_core._as_array(array, name, "mask"))
-    )
+    array = array if isinstance(array, da.Array) else da.asarray(_core._as_array(array, name))
     shape = (1,) * (len(scores) - array.ndim) + array.shape
     if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape, scores, strict=True)):
         raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to the scores, "

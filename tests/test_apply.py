@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,24 @@ def test_existing_out_is_replaced_and_readable():
     assert os.stat("out.npy").st_mode & 0o777 == 0o666 & ~before
 
 
+def test_permissions_and_links_of_an_existing_out():
+    np.save("in.npy", normal((3, 4), F32))
+    np.save("out.npy", np.zeros(1))
+    os.chmod("out.npy", 0o600)
+    os.symlink("out.npy", "link.npy")
+    assert cli.main(["apply", "in.npy", "link.npy"]) == 0
+    assert os.path.islink("link.npy") and np.load("out.npy").shape == (3, 4)
+    assert os.stat("out.npy").st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_replaced(capsys):
+    np.save("in.npy", normal((3, 4), F32))
+    os.mkfifo("pipe.npy")
+    assert "pipe.npy is not a file" in refused(capsys, "in.npy", "pipe.npy")
+    assert stat.S_ISFIFO(os.stat("pipe.npy").st_mode)
+
+
 def test_bad_input(capsys):
     x = normal((30, 40), F32)
     np.save("in.npy", x)
@@ -120,6 +139,7 @@ def test_bad_input(capsys):
     for wrong, message in (
         (["--axis", "2"], "axis 2 is out of bounds"), (["--dtype", "int8"], "dtype must be"),
         (["--dtype", "nonsense"], "dtype must be"), (["--temperature", "0"], "temperature must be"),
+        (["--dtype", "f4,,,"], "dtype must be"),
         (["--temperature", "nan"], "temperature must be"),
     ):  # fmt: skip
         assert message in refused(capsys, "in.npy", "out.npy", *wrong)

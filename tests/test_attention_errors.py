@@ -62,7 +62,7 @@ EACH = {
     ),
     "None": (lambda a: None, TypeError, SUPPORTED),
     "a string": (lambda a: "abc", TypeError, SUPPORTED),
-    "masked": (np.ma.masked_array, TypeError, ("MaskedArray", "mask=")),
+    "masked": (np.ma.masked_array, TypeError, ("MaskedArray",)),
     "another dtype": (
         lambda a: np.broadcast_to(1.0, a.shape),
         TypeError,
@@ -130,6 +130,19 @@ def test_shapes(name):
 
 
 # --- the options ----------------------------------------------------------------------------------
+
+
+class Index:
+    """It has __index__ and nothing else, and what it says when compared is wrong."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __index__(self):
+        return self.n
+
+    def __lt__(self, other):
+        return False
 
 
 def option(name, value, error, *words):
@@ -202,6 +215,7 @@ OPTIONS = {
     "bool window": option("window", (None, True), TypeError, "integers", "True"),
     "negative left": option("window", (-1, None), ValueError, ">= 0", "-1"),
     "negative right": option("window", [None, -3], ValueError, ">= 0", "-3"),
+    "index that is no number": option("window", (Index(-5), None), ValueError, ">= 0"),
     # scale
     "NaN scale": option("scale", np.nan, ValueError, "finite", "nan"),
     "inf scale": option("scale", np.inf, ValueError, "finite", "inf"),

@@ -463,9 +463,17 @@ def test_gumbel_softmax_edges():
     assert ours_torch.gumbel_softmax([1, 2]).dtype == F64
     tied = ours_torch.gumbel_softmax(np.zeros((100, 4), BF16), tau=1e9, hard=True)
     assert (tied.astype(F64).sum(-1) == 1).all()
+    assert ours_torch.gumbel_softmax(np.empty((3, 0)), hard=True).shape == (3, 0)
     for tau in (0, -1.0, INF, NAN):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="tau must be finite"):
             ours_torch.gumbel_softmax([1.0, 2.0], tau)
+    for tau in ("a", None, np.ones(5)):
+        with pytest.raises(TypeError, match="tau must be a number"):
+            ours_torch.gumbel_softmax([1.0, 2.0], tau)
+    with pytest.raises(ValueError, match="target must be array_like"):
+        ours_torch.cross_entropy(np.zeros((2, 3)), [0, [1]])
+    with pytest.raises(TypeError, match="labels must be"):
+        ours_torch.cross_entropy(np.zeros((2, 3)), np.ma.array([0, 1]))
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -789,7 +797,7 @@ def test_tensors(torch):
     before = t.clone()
     ours_torch.softmax(t, 0)[...] = 0
     assert torch.equal(t, before)
-    with pytest.raises(RuntimeError, match="detach"):
+    with pytest.raises(ValueError, match=r"input must be array_like, got Tensor: .*detach"):
         ours_torch.softmax(t.requires_grad_(), 0)
 
 
@@ -816,7 +824,15 @@ class Vague:
         raise ValueError("neither")
 
 
-@pytest.mark.parametrize("value", [Vague(), np.array([True, False])], ids=["vague", "array"])
+class Tensor:
+    def __bool__(self):
+        raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
+
+
+VAGUE = {"vague": Vague(), "array": np.array([True, False]), "tensor": Tensor(), "text": "False"}
+
+
+@pytest.mark.parametrize("value", VAGUE.values(), ids=VAGUE)
 def test_flags_of_torch_that_are_neither(value):
     x = np.zeros((1, 2, 2), F32)
     for name in ("is_causal", "enable_gqa"):

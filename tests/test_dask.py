@@ -194,6 +194,17 @@ def test_errors():
             fsd.attention(*arrays)
     with pytest.raises(TypeError, match="q_offset"):
         fsd.attention(q, q, q, q_offset=1.5)
+    with pytest.raises(ValueError, match="q_offset must be from"):
+        fsd.attention(q, q, q, q_offset=2**63)
+    unknown = q[:, q[0, :, 0] == 0]
+    with pytest.raises(ValueError, match=r"q has chunks of unknown sizes"):
+        fsd.attention(unknown, q, q)
+    for threads in ("abc", None, 0, 5000):
+        with (
+            dask.config.set({"fastsoftmax.num-threads": threads}),
+            pytest.raises(ValueError, match=r"fastsoftmax.num-threads of dask.config is"),
+        ):
+            fsd.softmax(x)
     with pytest.raises(ValueError, match="softcap"):
         fsd.attention(q, q, q, softcap=-1)
     for options, error, message in (
@@ -226,6 +237,15 @@ CASES = {
         "bias": np.where(rng("bias").random((3, 1, 90, 121)) < 0.2, -np.inf, 0.5).astype(F32),
     },
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [2**63 - 1, 2**63 - 5, 2**61 + 7, -(2**63), 5])
+@pytest.mark.parametrize("chunks", [(40, 40), (10, 40), (10, 15)])
+def test_offsets_of_any_size(offset, chunks):
+    q = normal((2, 40, 8), F64)
+    a, k = da.from_array(q, (2, chunks[0], 8)), da.from_array(q, (2, chunks[1], 8))
+    got = fsd.attention(a, k, k, is_causal=True, q_offset=offset).compute()
+    np.testing.assert_allclose(got, fs.attention(q, q, q, is_causal=True, q_offset=offset), 1e-12)
 
 
 @every_dtype

@@ -1,9 +1,11 @@
 """What other code does to the arguments during a call cannot crash it.
 
-NumPy refuses to resize an array that a call holds, also with refcheck=False; a shape set meanwhile
-is the array's, not the call's; numbers that are addresses (kv_lengths, q_offset) are copied.
+NumPy refuses to resize an array that a call holds, also with refcheck=False; a shape or dtype set
+meanwhile is the array's, not the call's; numbers that are addresses (labels, kv_lengths, q_offset,
+cumulative lengths) are copied; each argument is converted once.
 """
 
+import functools
 import sys
 import threading
 import warnings
@@ -77,6 +79,105 @@ def test_another_thread_resizes_an_array(isa, threads):
             during(attempt, resizer(arrays[name]))
 
 
+MANY = 1_000_000
+
+
+@pytest.mark.parametrize("name", ["labels", "starts", "swapped"])
+def test_another_thread_resizes_what_is_copied(name):
+    """It is held while it is copied."""
+    array = np.zeros(MANY, ">f4" if name == "swapped" else np.int64)
+    logits, q = np.broadcast_to(np.zeros(2, F32), (MANY, 2)), np.zeros((0, 1, 2), F32)
+    call = {
+        "labels": lambda: fs.cross_entropy(logits, array),
+        "starts": lambda: fs.attention_varlen(q, q, q, array, array),
+        "swapped": lambda: fs.logsumexp(array),
+    }[name]
+
+    def attempt():
+        for _ in range(60 if name == "swapped" else 5):
+            try:
+                call()
+            except ValueError:  # it was resized between two calls
+                pass
+
+    def resize():
+        array.resize((10,), refcheck=False)
+        array.resize((MANY,), refcheck=False)
+
+    during(attempt, resize)
+
+
+def test_another_thread_writes_to_labels():
+    """A result or an error, no crash: what was checked is what is used."""
+    logits, labels = np.broadcast_to(np.zeros(2, F32), (MANY, 2)), np.zeros(MANY, np.int64)
+
+    def attempt():
+        for call in (fs.cross_entropy, functools.partial(fs.cross_entropy_backward, 1.0)):
+            try:
+                call(logits, labels)
+            except ValueError as error:
+                assert "labels must be from 0 to 1" in str(error)
+
+    def disturb():
+        labels[::1000] = 2**40
+        labels[::1000] = 0
+
+    during(attempt, disturb)
+
+
+class Meanwhile:
+    """An argument whose conversion is a chance for other code to run."""
+
+    def __init__(self, harm, array):
+        self.harm, self.array = harm, array
+
+    def __array__(self, dtype=None, copy=None):
+        self.harm()
+        return self.array
+
+
+def test_arguments_of_gradients_are_converted_once():
+    """What a gradient's memory was made for is what it is written with."""
+    q = normal((2, 64, 512), F32)
+    out, lse = fs.attention(q, q, q, return_lse=True, sinks=np.zeros(2, F32))
+    options = {"return_dsinks": True}
+    want = fs.attention_backward(out, q, q, q, out, lse, sinks=np.zeros(2, F32), **options)
+    x = q.copy()
+    grad_out = Meanwhile(lambda: set_shape(x, (2, 2, 16384)), out)
+    got = fs.attention_backward(grad_out, x, q, q, out, lse, sinks=np.zeros(2, F32), **options)
+
+    class Once:
+        def __init__(self, array):
+            self.arrays = [array]
+
+        def __array__(self, dtype=None, copy=None):
+            return self.arrays.pop()
+
+    once = (Once(a) for a in (q, q, q))
+    again = fs.attention_backward(out, *once, out, lse, sinks=Once(np.zeros(2, F32)), **options)
+    for a, b, c in zip(want, got, again, strict=True):
+        assert_same_bits(a, b)
+        assert_same_bits(a, c)
+
+
+@pytest.mark.parametrize("harm", [">f4", "i4", "V4", "i1"])
+def test_the_dtype_of_out_changes_meanwhile(harm):
+    """The result is where out is, as the type that out had."""
+    x = normal((100, 100), F32)
+    for function, shape in ((fs.softmax, (100, 100)), (fs.logsumexp, (100,))):
+        out = np.zeros(shape, F32)
+
+        def change(out=out):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                out.dtype = harm
+
+        more = {"where": Meanwhile(change, np.ones(100, bool))}
+        axis = {"axis": 1}
+        assert function(x, out=out, **more, **axis) is out
+        assert_same_bits(out.view(F32).reshape(shape), function(x, **axis))
+
+
 def set_shape(array, shape):
     """NumPy 2.5 warns, but it is still what other code may do."""
     with warnings.catch_warnings():
@@ -87,24 +188,17 @@ def set_shape(array, shape):
 def test_resizing_is_refused_during_a_call_and_not_afterwards():
     refused = []
 
-    class Meanwhile:
-        """An argument whose conversion is a chance for other code to run."""
-
-        def __init__(self, target):
-            self.target = target
-
-        def __array__(self, dtype=None, copy=None):
-            with pytest.raises(ValueError, match="resize"):
-                self.target.resize((10**6,), refcheck=False)
-            refused.append(True)
-            set_shape(self.target, (4, 25))
-            return np.zeros(100, F32)
+    def resize():
+        with pytest.raises(ValueError, match="resize"):
+            x.resize((10**6,), refcheck=False)
+        refused.append(True)
+        set_shape(x, (4, 25))
 
     x = normal(100, F32).copy()
     want = fs.softmax(x)
     for view in (x, x[:], x[::-1][::-1]):  # it is the owner of the memory that is resized
         set_shape(x, (100,))
-        assert_same_bits(fs.softmax(view, bias=Meanwhile(x)).ravel(), want)
+        assert_same_bits(fs.softmax(view, bias=Meanwhile(resize, np.zeros(100, F32))).ravel(), want)
     del view
     x.resize((7,), refcheck=False)
     assert x.shape == (7,) and len(refused) == 3

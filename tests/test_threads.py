@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -72,6 +73,34 @@ def test_the_child_helper_notices_a_failure():
 
 
 # --- Python threads -------------------------------------------------------------------------------
+
+
+def test_one_object_in_two_threads():
+    """Who enters first leaves first."""
+    scope = fs.num_threads(3)
+    one_is_in, both_are_in, one_is_out = (threading.Event() for _ in range(3))
+
+    def one():
+        before = fs.get_num_threads()
+        try:
+            with scope:
+                one_is_in.set()
+                both_are_in.wait()
+            return fs.get_num_threads() == before
+        finally:
+            one_is_out.set()
+
+    def other():
+        one_is_in.wait()
+        before = fs.get_num_threads()
+        with scope:
+            both_are_in.set()
+            one_is_out.wait()
+            return fs.get_num_threads() == 3 != before
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(one), pool.submit(other)]
+    assert all(done.result() for done in both)
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(8, marks=pytest.mark.full)])

@@ -28,5 +28,5 @@ the result::
     x = t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     t = torch.from_numpy(y.view(np.int16)).view(torch.bfloat16)
 
-A tensor that requires a gradient is refused by PyTorch itself: pass ``t.detach()``.
+A tensor that requires a gradient is refused, as PyTorch does it: pass ``t.detach()``.
 """

@@ -120,9 +120,9 @@ def logsumexp(a, axis=None, b=None, keepdims=False, return_sign=False):
     array([0., 0.])
     """
     if b is None:
-        a = _core._as_array(a, "a", None)
+        a = _core._as_array(a, "a")
         return _core.logsumexp(a, axis, keepdims=keepdims, return_sign=return_sign)
-    x, w = _core._as_array(a, "a", None), _core._as_array(b, "b", None)
+    x, w = _core._as_array(a, "a"), _core._as_array(b, "b")
     dtype = _promoted((a, x), (b, w))
     x, w = np.broadcast_arrays(x, w)
     weights = {"where" if w.dtype == bool else "b": w}

@@ -173,11 +173,17 @@ def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1, *, rng=None):
     array([0.2, 0.3, 0.5])
     """
     logits = _core._as_array(logits, "logits")
+    try:
+        tau = float(tau)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"tau must be a number, got {tau!r:.40}") from error
+    if not 0 < tau < np.inf:
+        raise ValueError(f"tau must be finite and > 0, got {tau}")
     noise = np.random.default_rng(rng).gumbel(size=logits.shape)
-    with np.errstate(all="ignore"):  # softmax refuses a bad tau
+    with np.errstate(all="ignore"):  # softmax refuses a tau whose reciprocal overflows
         noise = noise / tau
     y = _core.softmax(logits, _index(dim), bias=noise, temperature=tau)
-    if not _core._as_flag(hard, "hard") or y.ndim == 0:
+    if not _core._as_flag(hard, "hard") or y.ndim == 0 or y.size == 0:
         return y
     one_hot = np.zeros_like(y)
     np.put_along_axis(one_hot, y.argmax(dim, keepdims=True), 1, dim)
@@ -232,7 +238,8 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         raise TypeError("size_average and reduce are deprecated in PyTorch: pass reduction=")
-    if np.asarray(target).dtype.kind == "f":
+    target = target if isinstance(target, np.ma.MaskedArray) else _core._converted(target, "target")
+    if target.dtype.kind == "f" and target.size:
         raise NotImplementedError("target must hold classes; probabilities are not supported")
     axis = 0 if np.ndim(input) == 1 else 1
     return _core.cross_entropy(
@@ -308,14 +315,14 @@ def scaled_dot_product_attention(
             "none"
         )
     named = {"query": query, "key": key, "value": value}
-    q, k, v = (_core._as_array(array, name, "attn_mask") for name, array in named.items())
+    q, k, v = (_core._as_array(array, name) for name, array in named.items())
     if not enable_gqa and not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         q, k, v = _broadcast_heads(q, k, v)
     scores = {}
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask and is_causal=True exclude each other")
-        mask = _core._as_array(attn_mask, "attn_mask", None)
+        mask = _core._as_array(attn_mask, "attn_mask")
         if mask.dtype.kind in "iu":
             raise TypeError(f"attn_mask must be of bool or floats, got {mask.dtype}")
         scores["mask" if mask.dtype == bool else "bias"] = mask
@@ -323,7 +330,7 @@ def scaled_dot_product_attention(
 
 
 def _array(input):
-    return _core._as_array(input, "input", None)
+    return _core._as_array(input, "input")
 
 
 def _index(dim):
