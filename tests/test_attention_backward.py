@@ -229,6 +229,18 @@ def test_threads_change_no_bit(isa):
                         assert_same_bits(a, b, (size, n))
 
 
+def test_gradient_of_a_sink_that_is_all_a_query_sees(isa):
+    """It is 0: so is the result, whatever the sink, and whatever the result's gradient."""
+    grad, q, k = normal((2, 5, 8), F32), normal((2, 5, 8), F32), normal((2, 6, 8), F32)
+    options = {"mask": np.arange(5)[:, None] != 2, "sinks": np.array([0.3, -1], F32)}
+    out, lse = fs.attention(q, k, k, **options, return_lse=True)
+    want = fs.attention_backward(grad, q, k, k, out, lse, **options, return_dsinks=True)
+    grad[:, 2] = np.inf, np.nan, -np.inf, 0, 1, 2, 3, 4
+    got = fs.attention_backward(grad, q, k, k, out, lse, **options, return_dsinks=True)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize(
     "shape", [(192, 1), (1, 192, 1), (8, 1, 1), (8, 1, 2048), (192, 2048), (1,)]
 )
