@@ -65,16 +65,20 @@ cdef _as_integers(value, name, kind):
 
 cdef _as_addresses(value, name, lead, least, most):
     """int64, clipped: a single number, or an array broadcast to the leading dimensions."""
+    array = None
     if isinstance(value, int) and not isinstance(value, bool):  # of any size
         low = high = value
-        array = np.asarray(min(max(value, -_FARTHEST), _FARTHEST), np.int64)
     else:
         array = _as_integers(value, name, "an integer or an array of integers")
         low, high = (array.min(), array.max()) if array.size else (least, most)
     if low < least or high > most:
         raise ValueError(f"{name} must be from {least} to {most}, got "
                          f"{low if low < least else high}")
-    array = np.asarray(array.astype(np.int64, copy=False).clip(-_FARTHEST, _FARTHEST))
+    if array is None:
+        return np.asarray(min(max(value, -_FARTHEST), _FARTHEST), np.int64)
+    array = array.astype(np.int64, copy=False)
+    if low < -_FARTHEST or high > _FARTHEST:
+        array = np.asarray(array.clip(-_FARTHEST, _FARTHEST))
     return _broadcast(array, lead, name, "the leading dimensions") if array.ndim else array
 
 

@@ -19,8 +19,8 @@ def _of_lists(name, x, starts):
     cdef fsm_dtype dtype = <fsm_dtype><int>_code(a.dtype)
     cdef ptrdiff_t i = 0, lists = checked.size - 1, n = 0, done, size = a.itemsize
     cdef bint one_each = op == FSM_LOGSUMEXP
-    cdef char *from_at
-    cdef char *to_at
+    cdef char *from_at = NULL
+    cdef char *to_at = NULL
     y = np.empty(lists if one_each else a.size, a.dtype)
     while i < lists:
         with nogil:

@@ -169,11 +169,11 @@ static double multiply_add(ptrdiff_t count) {
     return 2.0 * used * VL * ACC_ROWS * 3 * (double)count;
 }
 
-/* Calls TILE(rows) for tiles of ACC_ROWS, 4 or 8, and of fewer at the end. Of one vector 8 in any case:
- * in the time of one fma two pipes begin so many. */
+/* Calls TILE(rows) for tiles of `most` rows, 4 or 8, and of fewer at the end: ACC_ROWS, but of a single
+ * vector 8 in any case, for in the time of one fma two pipes begin so many. */
 #undef IN_TILES
-#define IN_TILES(i, n, vectors, TILE)       \
-    if (ACC_ROWS == 8 || vectors == 1)      \
+#define IN_TILES(i, n, most, TILE)          \
+    if (most == 8)                          \
         for (; i + 8 <= n; i += 8) TILE(8); \
     for (; i + 4 <= n; i += 4) TILE(4);     \
     if (n - i >= 2) {                       \
@@ -193,7 +193,7 @@ FSM_INLINE void group_scores_n(int vectors, real *s, const rows_of *k, ptrdiff_t
         for (int i = 0; i < ROWS; i++) FSM_UNROLL(3)                                            \
         for (int v = 0; v < vectors; v++) v_store(s + (j + i) * GROUP + v * VL, acc[i][v]);     \
     }
-    IN_TILES(j, keys, vectors, TILE)
+    IN_TILES(j, keys, (vectors == 1 ? 8 : ACC_ROWS), TILE)
 #undef TILE
 }
 
@@ -218,7 +218,7 @@ FSM_INLINE void group_values_n(int vectors, real *o, const real *alpha, const ro
             v_store(at, v_fma(v_load(at), v_load(alpha + v * VL), acc[i][v]));               \
         }                                                                                    \
     }
-    IN_TILES(d, v_depth, vectors, TILE)
+    IN_TILES(d, v_depth, (vectors == 1 ? 8 : ACC_ROWS), TILE)
 #undef TILE
 }
 

@@ -225,7 +225,7 @@ FSM_INLINE void gradient_rows_n(int vectors, real *to, ptrdiff_t width, const re
             v_store(at, v_add(v_load(at), acc[i][v]));                                   \
         }                                                                                \
     }
-    IN_TILES(j, keys, vectors, TILE)
+    IN_TILES(j, keys, ACC_ROWS, TILE)
 #undef TILE
 }
 
