@@ -22,8 +22,8 @@ from setuptools.errors import CompileError, LinkError
 # Flags by compiler_type. They come after those of CFLAGS, and win. None may break the rules of
 # IEEE 754 (-ffast-math) or contract a * b + c: every FMA is explicit in the source.
 GNU = {
-    # Cython's code. -O3 makes it a fifth larger and no faster, alignment is 5 KB of a wheel, and the
-    # last four 33 KB. With -Os it would be less again, and small calls 15 % slower.
+    # Cython's code. -O3 makes it a fifth larger and no faster, alignment is 5 KB of a wheel, and
+    # the last four 33 KB. With -Os it would be less again, and small calls 15 % slower.
     "module": "-O2 -fno-align-functions -fno-align-jumps -fno-align-loops -fno-align-labels "
     "-fno-tree-pre -fno-caller-saves -fno-thread-jumps -fno-schedule-insns2",
     # Split loops, unswitched loops and aligned jumps were no faster, and are 15, 13 and 4 KB of a

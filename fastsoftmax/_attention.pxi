@@ -58,7 +58,7 @@ cdef _as_integers(value, name, kind):
     checked stays in range, whoever writes to the array meanwhile."""
     array = _converted(value, name).copy()
     empty = array.dtype.kind == "f" and array.size == 0
-    if isinstance(value, np.ma.MaskedArray) or not (empty or array.dtype.kind in "iu"):
+    if _is_masked(value) or not (empty or array.dtype.kind in "iu"):
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__} of dtype {array.dtype}")
     return array
 
@@ -85,7 +85,7 @@ cdef _as_addresses(value, name, lead, least, most):
 cdef _as_number(value, name, compute):
     array = _converted(value, name)
     if (array.ndim or _code(array.dtype) < 0 or array.dtype.kind == "b"
-            or isinstance(value, np.ma.MaskedArray)):
+            or _is_masked(value)):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     with np.errstate(all="ignore"):
         finite = np.isfinite(compute.type(array))
@@ -271,7 +271,8 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
         Query i is at position p = i + q_offset and key j at position j. 0 aligns the first query
         with the first key (top-left, as is_causal of PyTorch), K - Q the last query with the last
         key (bottom-right). With a cache of keys it is the number of keys that came before the first
-        query. An array broadcasts to the leading dimensions.
+        query. An array broadcasts to the leading dimensions. Beyond 2**61 either way it counts as
+        that.
     kv_lengths : int or array_like of int, optional
         From 0 to K: only so many of the keys are visible. An array broadcasts to the leading
         dimensions.
@@ -286,6 +287,7 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
         Real numbers: for each head one more score, which takes part in the denominator only.
     alibi_slopes : array_like, [H], optional
         Real numbers: for each head, slope * abs(p - j) is subtracted from the score of key j.
+        Distances of 2**24 (float64: 2**53) and more are rounded to the type of the calculation.
     out : ndarray, optional
         Where to put the result; of the shape of the result and the dtype of q. It may share memory
         with the input, which is copied then.
@@ -329,7 +331,8 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
     and ``S = 2 * D * abs(scale) * max(abs(q) @ abs(k)) + 2 * (64 + 4 * ceil(K / 64)) + 16``, plus
     twice the largest bias, ALiBi term or softcap; for a single query (Q = 1) with 128 in the place
     of 64. float64: the same with ``2**-53``. float16 and bfloat16: the calculation is in float32,
-    rounded once, so the result is within 1 ulp of that. It holds as long as the products of q and k
+    rounded once, so the result is within 1 ulp of that. A distance that has to be rounded adds half
+    its ALiBi term to these. It holds as long as the products of q and k
     and the sums of ``exp(score - largest) * v``, which are divided in the end, do not overflow that
     type; bias is rounded to it first.
 

@@ -25,7 +25,7 @@ cdef _batch(packed, n, longest):
 
 cdef _unless_shared(value, name, out):
     """value, or a copy of it if it shares memory with out."""
-    if out is None or value is None or isinstance(value, (int, np.ma.MaskedArray)):
+    if out is None or value is None or isinstance(value, int) or _is_masked(value):
         return value
     array = _converted(value, name)
     return array.copy() if np.may_share_memory(array, out) else array

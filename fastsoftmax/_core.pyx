@@ -65,11 +65,23 @@ cdef int _float_code(dtype, name) except -2:
     return code
 
 
+cpdef bint _is_masked(value) except -1:
+    """Whether it is a MaskedArray; NumPy may not have loaded numpy.ma yet, which takes 10 ms."""
+    return isinstance(value, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
+
+
 cpdef ndarray _converted(value, name):
     """What NumPy makes of an argument, held; its exceptions, and PyTorch's, do not say of which."""
+    cdef ndarray array
     try:
-        return _held(np.asarray(value))
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        array = np.asarray(value)
+        if (array.dtype.kind == "O" and hasattr(value, "__dlpack__")
+                and not hasattr(value, "__array__")):
+            array = np.from_dlpack(value)
+        return _held(array)
+    except RecursionError:
+        raise
+    except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name} must be array_like, got {type(value).__name__}: {error}") from error
 
@@ -115,12 +127,10 @@ cdef ndarray _held(ndarray array):
 cpdef ndarray _as_array(value, name, mask=None):
     """An ndarray of native byte order, of a type that C knows, held. `mask` is the argument for
     masks of its shape."""
-    if isinstance(value, np.ma.MaskedArray):
+    if _is_masked(value):
         hint = f", and {mask}=~mask" if mask else ""
         raise TypeError(f"{name} must not be a MaskedArray; pass its data{hint}")
     array = _converted(value, name)
-    if array.dtype.kind == "O" and hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
-        array = _held(np.from_dlpack(value))
     if _code(array.dtype) < 0:
         raise TypeError(f"{name} has dtype {array.dtype}; supported are float16, bfloat16, "
                         "float32, float64, integers and bool")
@@ -204,7 +214,7 @@ cdef ndarray _as_out(out):
     """out, held before the other arguments are converted: that may run code that changes it."""
     if out is None:
         return None
-    if isinstance(out, np.ma.MaskedArray) or not isinstance(out, np.ndarray):
+    if _is_masked(out) or not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
     y = _held(out)
     _float_code(y.dtype, "the dtype of out")
@@ -410,7 +420,12 @@ cdef ndarray _plain(fsm_op op, x, axis, out):
                           rows, n)
         return y
     held_a, held_y = _held(a), _held(y)  # small work keeps the GIL
-    step = PyArray_ITEMSIZE(a)
+    # To hold them may run the garbage collector, and with it any code.
+    if (PyArray_TYPE(held_a) != kind or PyArray_SIZE(held_a) != size
+            or PyArray_TYPE(held_y) != kind or PyArray_SIZE(held_y) != size
+            or not PyArray_ISCARRAY_RO(held_a) or not PyArray_ISCARRAY(held_y)):
+        return None
+    step = PyArray_ITEMSIZE(held_a)
     fsm_describe_rows(&problem, op, dtype, PyArray_DATA(held_a), n * step, step,
                       PyArray_DATA(held_y), n * step, step, rows, n)
     _run(&problem)
@@ -790,6 +805,11 @@ def softmax_backward(grad, y, /, axis=-1, *, temperature=None, out=None):
     TypeError, ValueError, numpy.exceptions.AxisError
         As for :func:`softmax`.
 
+    Notes
+    -----
+    ``grad - sum(grad * y)`` must be finite in the type of the calculation, and divided by the
+    temperature, too: else so much of the result is not.
+
     Examples
     --------
     >>> import numpy as np
@@ -914,7 +934,7 @@ def get_num_threads():
     """
     global _usable_cpus
     cdef tuple scopes = _scopes.get()
-    cdef int n = scopes[len(scopes) - 1] if scopes else _process_threads
+    cdef int n = scopes[len(scopes) - 1]._n if scopes else _process_threads
     if n == 0:
         if _usable_cpus == 0:
             _usable_cpus = fsm_usable_cpus()
@@ -941,11 +961,15 @@ class num_threads:
         self._n = _checked_threads(n)
 
     def __enter__(self):
-        _scopes.set((*_scopes.get(), self._n))
+        _scopes.set((*_scopes.get(), self))
         return self
 
     def __exit__(self, *exc_info):
-        _scopes.set(_scopes.get()[:-1])
+        # Mostly the last one; not where generators, say, leave their blocks in another order.
+        scopes = list(_scopes.get()[::-1])
+        if self in scopes:
+            scopes.remove(self)
+        _scopes.set(tuple(scopes[::-1]))
 
 
 # ---- instruction sets ----

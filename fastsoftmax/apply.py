@@ -74,7 +74,7 @@ def _apply(args):
     if target.exists() and not target.is_file():
         raise _Refused(f"{target} is not a file but a device or a pipe")
     if target.is_symlink():  # it stays one
-        target = target.resolve()
+        target = Path(os.path.realpath(target))
     function = _core.log_softmax if args.log else _core.softmax
     options = {"temperature": args.temperature, "dtype": _dtype(args.dtype)}
     # One entry finds out what is wrong with the rest, and the dtype of the result.

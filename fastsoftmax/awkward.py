@@ -160,6 +160,8 @@ def _of_lists(name, x, axis):
     if axis != -1:
         raise ValueError(f"axis must be -1, the innermost lists, got {axis!r}")
     x = ak.Array(x)
+    if ak.backend(x) != "cpu":
+        raise TypeError(f"x must be on the backend cpu, got {ak.backend(x)}")
     if x.ndim == 1:
         return _of_lists(name, x[np.newaxis], -1)[0]
     return ak.transform(lambda layout, **_: _of_node(name, layout), x)

@@ -128,6 +128,7 @@ def logsumexp(x, /, axis=None, *, keepdims=False, dtype=None):
     >>> float(fsd.logsumexp(da.asarray([1000.0, 1000.0]).rechunk(1)).compute().round(4))
     1000.6931
     """
+    keepdims = _core._as_flag(keepdims, "keepdims")
     axes, result = _checked(x, axis, None, dtype)
     y = _rows("logsumexp", x, axes, result)
     return y if keepdims else y[tuple(0 if d in axes else slice(None) for d in range(x.ndim))]
@@ -291,7 +292,7 @@ def _threads():
     try:
         threads = int(given)
         _core.num_threads(threads)  # looks whether it is one
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} of dask.config is {given!r}: {error}") from None
     return threads
 
@@ -423,14 +424,14 @@ def _for_scores(array, name, scores):
 
 def _lengths(kv_lengths, lead, keys):
     """kv_lengths of each leading index."""
-    lengths = np.asarray(kv_lengths)
-    if lengths.dtype.kind not in "iu":
+    lengths = _core._converted(kv_lengths, "kv_lengths")
+    if lengths.dtype.kind not in "iu" or _core._is_masked(kv_lengths):
         raise TypeError(f"kv_lengths must be integers, got {lengths.dtype}")
     if lengths.size and not 0 <= lengths.min() <= lengths.max() <= keys:
         raise ValueError(f"kv_lengths must be from 0 to {keys}, the number of keys, got "
                          f"{lengths.min()} to {lengths.max()}")  # fmt: skip
     try:
-        return np.broadcast_to(lengths, lead)
+        return np.broadcast_to(lengths.astype(np.int64), lead)
     except ValueError:
         raise ValueError(f"kv_lengths has shape {lengths.shape}, which does not broadcast to the "
                          f"dimensions before the heads, {lead}") from None  # fmt: skip

@@ -167,7 +167,7 @@ FSM_INLINE void gradient_scores_as(const score_rule *rule, const gradient_group 
         FSM_UNROLL(2)
         for (ptrdiff_t j = 0; j < b->n; j++) {
             const ptrdiff_t at = j * GROUP + v * VL;
-            const vec x = v_load(s + at), key = v_set1((real)j);
+            const vec x = v_load(s + at), key = v_set1((real)(b->lead + j));
             const vec add = seen->additive ? v_load(seen->additive + at)
                                            : v_set1(b->additive ? b->additive[j] : 0);
             vec factor = scale, t;
@@ -180,7 +180,7 @@ FSM_INLINE void gradient_scores_as(const score_rule *rule, const gradient_group 
                     factor = v_mul(scale, v_fnma(th, th, one));
                 }
             }
-            vec p = pow2(v_mul(t, v_set1(LOG2E)));
+            vec p = pow2(v_min(zero, v_mul(t, v_set1(LOG2E)))); /* lse is rounded: t may be above */
             vec grad = v_mul(p, v_sub(v_load(d + at), delta));
             if (partial) {
                 vec sees = v_if_less(add, least, zero, one);

@@ -81,7 +81,7 @@ static const double f64_LIFTED_UNIT = 0x1p-74;
 static const double f64_POW_LEAST = -1100.0; /* 2^-1100 < 2^-1075 */
 static const double f64_LEAST = -0x1.fffffffffffffp1023;
 static const double f64_WEIGHTED_RANGE = 2200.0;       /* weights span 2^2098 = exp(1454) */
-static const ptrdiff_t f64_EXACT_COARSE = PTRDIFF_MAX; /* 2^-103 n is small for any n */
+static const ptrdiff_t f64_EXACT_COARSE = PTRDIFF_MAX; /* 2^-103 n is small for any n in memory */
 
 /* log f = 2u + u^3 P(u^2), u = (f-1)/(f+1), |u| <= 0.1716, relative error <= 2^-59.4 */
 static const double f64_LOG_P0 = 0x1.5555555555592p-1;

@@ -99,7 +99,7 @@ typedef struct {
 typedef struct {
     fsm_op op;
     fsm_dtype compute; /* FSM_F32 or FSM_F64: not narrower than X, OUT, Y of a gradient; FSM_F64 if
-                          one of X, Y and BIAS has integers */
+                          one of X, Y and BIAS has integers, or a row 2^41 elements */
     int ndim;          /* 0 to FSM_MAX_NDIM */
     int threads;       /* at most so many; small work uses fewer */
     const fsm_isa *isa;

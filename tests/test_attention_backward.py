@@ -229,6 +229,15 @@ def test_threads_change_no_bit(isa):
                         assert_same_bits(a, b, (size, n))
 
 
+def test_weights_of_huge_scores(isa):
+    """One key, whose weight is 1: lse is off by more than any weight, and the weight at most 1."""
+    for x, y in ((98596585472, 1.98083532), (887834816, 1.77326465), (37496668160, 1.45104742)):
+        q, k, one = np.full((1, 1), x, F32), np.full((1, 1), y, F32), np.ones((1, 1), F32)
+        out, lse = fs.attention(q, k, one, scale=0.7, return_lse=True)
+        dv = fs.attention_backward(one, q, k, one, out, lse, scale=0.7)[2]
+        assert 0 <= dv[0, 0] <= 1
+
+
 def test_gradient_of_a_sink_that_is_all_a_query_sees(isa):
     """It is 0: so is the result, whatever the sink, and whatever the result's gradient."""
     grad, q, k = normal((2, 5, 8), F32), normal((2, 5, 8), F32), normal((2, 6, 8), F32)

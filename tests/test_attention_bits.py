@@ -696,3 +696,14 @@ def test_no_floating_point_warnings_or_flags(isa, dtype, queries):
                     assert libm.fetestexcept(FLAGS) == raised, (number, raised)
         finally:
             libm.feclearexcept(FLAGS)
+
+
+def test_slopes_far_away_and_padding_in_front(isa):
+    """A distance is rounded in the same way whether padding is left out or not."""
+    q, k = normal((1, 3, 8), F32), normal((1, 130, 8), F32)
+    mask = np.arange(130) >= 5
+    written = np.broadcast_to(mask, (1, 3, 130)).copy()
+    for offset, slope in ((2**24 + 1, 2.0**-20), (2**30 + 7, 1e-3)):
+        options = {"alibi_slopes": [slope], "q_offset": offset}
+        got = fs.attention(q, k, k, mask=mask, **options)
+        assert_same_bits(got, fs.attention(q, k, k, mask=written, **options))

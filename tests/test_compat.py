@@ -470,6 +470,8 @@ def test_gumbel_softmax_edges():
     for tau in ("a", None, np.ones(5)):
         with pytest.raises(TypeError, match="tau must be a number"):
             ours_torch.gumbel_softmax([1.0, 2.0], tau)
+    with pytest.raises(ValueError, match="input must be array_like"):
+        ours_torch.cross_entropy([[1, 2], [3]], [0, 1])
     with pytest.raises(ValueError, match="target must be array_like"):
         ours_torch.cross_entropy(np.zeros((2, 3)), [0, [1]])
     with pytest.raises(TypeError, match="labels must be"):

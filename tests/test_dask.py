@@ -214,6 +214,8 @@ def test_errors():
         ({"bias": np.ones((4, 4), bool)}, TypeError, "mask"),
         ({"kv_lengths": 5}, ValueError, "kv_lengths must be from 0 to 4"),
         ({"kv_lengths": 1.0}, TypeError, "kv_lengths must be integers"),
+        ({"kv_lengths": np.ma.array(1)}, TypeError, "kv_lengths must be integers"),
+        ({"kv_lengths": [1, [2]]}, ValueError, "kv_lengths must be array_like"),
         ({"kv_lengths": [1, 2]}, ValueError, "kv_lengths has shape"),
     ):
         with pytest.raises(error, match=message):
@@ -237,6 +239,15 @@ CASES = {
         "bias": np.where(rng("bias").random((3, 1, 90, 121)) < 0.2, -np.inf, 0.5).astype(F32),
     },
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u8", "i8"])
+def test_lengths_of_any_integers(dtype):
+    q = normal((2, 1, 300, 8), F64)
+    a = da.from_array(q, (2, 1, 140, 8))
+    lengths = np.array([100, 120], dtype)
+    got = fsd.attention(a, a, a, kv_lengths=lengths).compute()
+    np.testing.assert_allclose(got, fs.attention(q, q, q, kv_lengths=lengths), 1e-12)
 
 
 @pytest.mark.parametrize("offset", [2**63 - 1, 2**63 - 5, 2**61 + 7, -(2**63), 5])

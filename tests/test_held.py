@@ -6,6 +6,7 @@ cumulative lengths) are copied; each argument is converted once.
 """
 
 import functools
+import gc
 import sys
 import threading
 import warnings
@@ -176,6 +177,38 @@ def test_the_dtype_of_out_changes_meanwhile(harm):
         axis = {"axis": 1}
         assert function(x, out=out, **more, **axis) is out
         assert_same_bits(out.view(F32).reshape(shape), function(x, **axis))
+
+
+@pytest.mark.parametrize("name", ["x", "out"])
+def test_the_garbage_collector_runs_while_arrays_are_held(name):
+    """Whatever code it runs: the array is resized before the call holds it, or not at all."""
+    enabled, thresholds = gc.isenabled(), gc.get_threshold()
+    try:
+        for threshold in range(1, 40):
+            arrays = {"x": np.zeros((1000, 800), F32), "out": np.zeros((1000, 800), F32)}
+
+            class Trap:
+                def __del__(self, array=arrays[name]):
+                    try:
+                        array.resize((10,), refcheck=False)
+                    except ValueError:
+                        pass
+
+            gc.disable()
+            gc.collect()
+            trap = Trap()
+            trap.me = trap
+            del trap
+            gc.enable()
+            gc.set_threshold(threshold)
+            try:
+                fs.softmax(arrays["x"], -1, out=arrays["out"])
+            except ValueError as error:
+                assert "out has shape" in str(error)
+            finally:
+                gc.set_threshold(*thresholds)
+    finally:
+        (gc.enable if enabled else gc.disable)()
 
 
 def set_shape(array, shape):

@@ -75,6 +75,20 @@ def test_the_child_helper_notices_a_failure():
 # --- Python threads -------------------------------------------------------------------------------
 
 
+def test_blocks_that_do_not_end_in_order():
+    def block(n):
+        with fs.num_threads(n):
+            yield
+
+    before = fs.get_num_threads()
+    inner = block(1)
+    next(inner)
+    with fs.num_threads(2):
+        inner.close()
+        assert fs.get_num_threads() == 2
+    assert fs.get_num_threads() == before
+
+
 def test_one_object_in_two_threads():
     """Who enters first leaves first."""
     scope = fs.num_threads(3)

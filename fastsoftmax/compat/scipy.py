@@ -123,8 +123,15 @@ def logsumexp(a, axis=None, b=None, keepdims=False, return_sign=False):
         a = _core._as_array(a, "a")
         return _core.logsumexp(a, axis, keepdims=keepdims, return_sign=return_sign)
     x, w = _core._as_array(a, "a"), _core._as_array(b, "b")
-    dtype = _promoted((a, x), (b, w))
-    x, w = np.broadcast_arrays(x, w)
+    try:
+        dtype = _promoted((a, x), (b, w))
+        x, w = np.broadcast_arrays(x, w)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            "a and b must have dtypes and shapes that go together, got "
+            f"{x.dtype} {x.shape} and {w.dtype} {w.shape}"
+        ) from error
     weights = {"where" if w.dtype == bool else "b": w}
     return _core.logsumexp(
         x, axis, **weights, keepdims=keepdims, dtype=dtype, return_sign=return_sign

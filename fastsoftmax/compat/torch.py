@@ -238,10 +238,11 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         raise TypeError("size_average and reduce are deprecated in PyTorch: pass reduction=")
-    target = target if isinstance(target, np.ma.MaskedArray) else _core._converted(target, "target")
+    target = target if _core._is_masked(target) else _core._converted(target, "target")
     if target.dtype.kind == "f" and target.size:
         raise NotImplementedError("target must hold classes; probabilities are not supported")
-    axis = 0 if np.ndim(input) == 1 else 1
+    input = _array(input)
+    axis = 0 if input.ndim == 1 else 1
     return _core.cross_entropy(
         input, target, axis, weight=weight, reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing,
