@@ -180,7 +180,9 @@ FSM_INLINE void gradient_scores_as(const score_rule *rule, const gradient_group 
                     factor = v_mul(scale, v_fnma(th, th, one));
                 }
             }
-            vec p = pow2(v_min(zero, v_mul(t, v_set1(LOG2E)))); /* lse is rounded: t may be above */
+            /* lse is rounded, and so t may be above 0; infinity is a score */
+            t = v_mul(t, v_set1(LOG2E));
+            vec p = pow2(v_if_less(t, v_set1(INFINITY), v_min(zero, t), t));
             vec grad = v_mul(p, v_sub(v_load(d + at), delta));
             if (partial) {
                 vec sees = v_if_less(add, least, zero, one);
