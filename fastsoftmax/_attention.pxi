@@ -329,12 +329,12 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
 
     float32: the error is at most ``2**-24 * S * sum(w * abs(v))``, where w are the exact weights
     and ``S = 2 * D * abs(scale) * max(abs(q) @ abs(k)) + 2 * (64 + 4 * ceil(K / 64)) + 16``, plus
-    twice the largest bias, ALiBi term or softcap; for a single query (Q = 1) with 128 in the place
-    of 64. float64: the same with ``2**-53``. float16 and bfloat16: the calculation is in float32,
-    rounded once, so the result is within 1 ulp of that. A distance that has to be rounded adds half
-    its ALiBi term to these. It holds as long as the products of q and k
-    and the sums of ``exp(score - largest) * v``, which are divided in the end, do not overflow that
-    type; bias is rounded to it first.
+    twice the largest bias, ALiBi term or softcap, and once more the ALiBi term of a distance that
+    has to be rounded; for a single query (Q = 1) with 128 in the place of 64. float64: the same
+    with ``2**-53``. float16 and bfloat16: the calculation is in float32, rounded once, so the
+    result is within 1 ulp of that. This holds as long as the products of q and k and the sums of
+    ``exp(score - largest) * v``, which are divided in the end, do not overflow that type; bias is
+    rounded to it first.
 
     The bits of a query's result do not depend on threads, batch, heads, strides, or the other
     queries, except that a single query (Q = 1) is calculated in another order: both results are

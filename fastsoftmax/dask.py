@@ -190,6 +190,8 @@ def attention(
         if array.ndim < 3:
             raise ValueError(f"{name} must have shape [..., heads, positions, columns], got "
                              f"{array.shape}")  # fmt: skip
+        if math.isnan(math.prod(array.shape)):
+            raise ValueError(f"{name} has chunks of unknown sizes; call its compute_chunk_sizes()")
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         raise ValueError("the dimensions of q, k and v before the heads must be the same, got "
                          f"{q.shape}, {k.shape} and {v.shape}")  # fmt: skip
@@ -206,9 +208,6 @@ def attention(
     one = [
         np.zeros((*a.shape[-3:-2], min(1, a.shape[-2]), a.shape[-1]), a.dtype) for a in (q, k, v)
     ]
-    for array, name in ((q, "q"), (k, "k"), (v, "v")):
-        if math.isnan(math.prod(array.shape)):
-            raise ValueError(f"{name} has chunks of unknown sizes; call its compute_chunk_sizes()")
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"k and v must have the same number of keys, got {k.shape}, {v.shape}")
     scores = (*q.shape[:-1], k.shape[-2])

@@ -280,9 +280,9 @@ static ptrdiff_t slice_end(const fsm_attention_plan *p) {
 }
 
 fsm_status fsm_attention_run(fsm_attention_plan *p) {
-    const uint64_t mode = fsm_fp_enter();
+    const uint64_t before = fsm_fp_enter();
     const ptrdiff_t end = slice_end(p), count = end - p->next;
-    fsm_fp_leave(mode);
+    fsm_fp_leave(before);
     fsm_parallel_for(p->threads, count, 1, do_tasks, p);
     const int threads = p->problem.operand[FSM_ATTN_WEIGHTS].data ? p->threads : 1;
     if (p->slots) fsm_parallel_for(threads, count, 1, merge_parts, p);

@@ -69,7 +69,6 @@ typedef struct {
 /* What the groups share at a block of keys. k and v are fetched when the first group needs them. */
 typedef struct {
     ptrdiff_t first, n;
-    ptrdiff_t lead;      /* keys in front of the first that were left out, as padding */
     real *additive;      /* along the keys, the same for all rows; or NULL */
     int hides;           /* additive has a -inf */
     rows_of k, v, clean; /* clean: v without poison, if it has any */
@@ -333,7 +332,8 @@ FSM_INLINE lane_view view_lanes(const group_state *g, const block_state *b, int 
     real low[VL], high[VL], at[VL];
     for (int l = 0; l < VL; l++) {
         const row_view *view = &g->view[v * VL + l];
-        const ptrdiff_t from = b->first - b->lead, below = view->lo - from, above = view->hi - from;
+        const ptrdiff_t from = b->first / KEYS * KEYS, below = view->lo - from,
+                        above = view->hi - from;
         low[l] = (real)(below < 0 ? 0 : below > KEYS ? KEYS : below);
         high[l] = (real)(above < 0 ? -1 : above > KEYS ? KEYS : above);
         at[l] = (real)(view->position - from);
@@ -355,7 +355,7 @@ FSM_INLINE void group_rule_as(const score_rule *rule, const group_state *g, cons
         FSM_UNROLL(2)
         for (ptrdiff_t j = 0; j < b->n; j++) {
             real *at = s + j * GROUP + v * VL;
-            const vec key = v_set1((real)(b->lead + j));
+            const vec key = v_set1((real)(b->first % KEYS + j));
             const vec add = seen->additive ? v_load(seen->additive + j * GROUP + v * VL)
                                            : v_set1(b->additive ? b->additive[j] : 0);
             vec x = v_load(at);
@@ -486,7 +486,7 @@ static void begin_block(const fsm_attend *a, const row_view *any, block_state *b
     load_additive(a, any, first, b->n, u->along);
     /* Padding, at either end, is left out. */
     while (b->n && b->additive[b->n - 1] == -INFINITY) b->n--;
-    for (; b->n && b->additive[0] == -INFINITY; b->n--) b->additive++, b->first++, b->lead++;
+    for (; b->n && b->additive[0] == -INFINITY; b->n--) b->additive++, b->first++;
     for (ptrdiff_t j = 0; j < b->n; j++) b->hides += b->additive[j] == -INFINITY;
 }
 

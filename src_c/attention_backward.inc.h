@@ -167,7 +167,7 @@ FSM_INLINE void gradient_scores_as(const score_rule *rule, const gradient_group 
         FSM_UNROLL(2)
         for (ptrdiff_t j = 0; j < b->n; j++) {
             const ptrdiff_t at = j * GROUP + v * VL;
-            const vec x = v_load(s + at), key = v_set1((real)(b->lead + j));
+            const vec x = v_load(s + at), key = v_set1((real)(b->first % KEYS + j));
             const vec add = seen->additive ? v_load(seen->additive + at)
                                            : v_set1(b->additive ? b->additive[j] : 0);
             vec factor = scale, t;

@@ -309,7 +309,7 @@ static void in_shares(int threads, int shares, ptrdiff_t n, ptrdiff_t grain, int
             for (int s = 0; s < shares; s++) atomic_init(&cut[s].taken, 0);
 #pragma omp parallel num_threads(threads)
             {
-                const uint64_t mode = fsm_fp_enter();
+                const uint64_t before = fsm_fp_enter();
                 const int thread = omp_get_thread_num();
                 for (int k = 0; k < shares; k++) {
                     const int s = (thread + k) % shares;
@@ -324,7 +324,7 @@ static void in_shares(int threads, int shares, ptrdiff_t n, ptrdiff_t grain, int
                         body(context, thread, begin, begin + count);
                     }
                 }
-                fsm_fp_leave(mode);
+                fsm_fp_leave(before);
             }
         }
         atomic_fetch_sub(&helping, helpers);
@@ -332,9 +332,9 @@ static void in_shares(int threads, int shares, ptrdiff_t n, ptrdiff_t grain, int
     }
 #endif
     (void)threads, (void)shares, (void)grain, (void)backward;
-    const uint64_t mode = fsm_fp_enter();
+    const uint64_t before = fsm_fp_enter();
     body(context, 0, 0, n);
-    fsm_fp_leave(mode);
+    fsm_fp_leave(before);
 }
 
 void fsm_parallel_for(int threads, ptrdiff_t n, ptrdiff_t grain, fsm_body body, void *context) {

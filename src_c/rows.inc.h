@@ -386,6 +386,8 @@ FSM_APART void middle_sums(vec *hi, vec *lo, real *const *e, int rows, ptrdiff_t
     for (int l = rows; l % VL; l++) hi[l] = lo[l] = v_set1(0);
 }
 
+_Static_assert((int64_t)MIDDLE_ROW << 22 <= UINT32_MAX, "middle_fold: counts of a row");
+
 /* The vsums of VL rows, `adds` additions to each, into the sums of lanes from g on. Part 0 has no
  * counts below 0. */
 FSM_INLINE void middle_fold(fsm_exact_sum *sum, int g, vec counts[VL], int part, ptrdiff_t adds) {
@@ -494,8 +496,6 @@ static ptrdiff_t rows_middle(fsm_op op, const fsm_rows *w) {
     }
     return special;
 }
-
-_Static_assert((int64_t)MIDDLE_ROW << 22 <= UINT32_MAX, "middle_fold: counts of a row");
 
 static ptrdiff_t rows_all(fsm_op op, const fsm_rows *w) {
     if (w->rows >= 4 && w->n <= FSM_SHORT_ROW)

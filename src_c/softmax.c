@@ -670,7 +670,7 @@ static void wide_chunks(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
 /* A slice of one pass of one wide unit. */
 static void run_wide(fsm_plan *p) {
     fsm_state *st = &p->states[0];
-    const uint64_t mode = fsm_fp_enter();
+    const uint64_t before = fsm_fp_enter();
     if (p->pass_at == PASS_MAX && p->next_chunk == 0) {
         p->place = place_of(p, p->unit);
         p->kernels->begin(st, p->lanes, p->n);
@@ -701,7 +701,7 @@ static void run_wide(fsm_plan *p) {
         p->pass_at = PASS_MAX;
         p->unit++;
     }
-    fsm_fp_leave(mode);
+    fsm_fp_leave(before);
 }
 
 fsm_status fsm_plan_run(fsm_plan *p) {
@@ -734,7 +734,7 @@ void fsm_softmax_small(const fsm_isa *isa, fsm_dtype dtype, int log, const void 
                         .n = n,
                         .x_dtype = dtype,
                         .out_dtype = dtype};
-    const uint64_t mode = fsm_fp_enter();
+    const uint64_t before = fsm_fp_enter();
     (dtype == FSM_F64 ? isa->f64 : isa->f32)->rows(log ? FSM_LOG_SOFTMAX : FSM_SOFTMAX, &w);
-    fsm_fp_leave(mode);
+    fsm_fp_leave(before);
 }

@@ -62,7 +62,7 @@ EACH = {
     ),
     "None": (lambda a: None, TypeError, SUPPORTED),
     "a string": (lambda a: "abc", TypeError, SUPPORTED),
-    "masked": (np.ma.masked_array, TypeError, ("MaskedArray",)),
+    "masked": (np.ma.masked_array, TypeError, ("MaskedArray", "pass its data")),
     "another dtype": (
         lambda a: np.broadcast_to(1.0, a.shape),
         TypeError,

@@ -143,6 +143,9 @@ def test_awkward_refuses(ak):
     for axis in (0, None, 1):
         with pytest.raises(ValueError, match="axis must be -1"):
             fsa.softmax([[1.0]], axis)
+    traced = ak.to_backend(ak.Array([[1.0, 2.0], [3.0]]), "typetracer")  # has no numbers
+    with pytest.raises(TypeError, match="x must be on the backend cpu, got typetracer"):
+        fsa.softmax(traced)
 
 
 @pytest.mark.parametrize("name", ufuncs.__all__)

@@ -773,7 +773,7 @@ static fsm_rows plain_rows(const test *t, const char *x, char *out, char *e) {
     return (fsm_rows){.x = x,
                       .out = out,
                       .x_stride = n * sizes[t->type[FSM_X]],
-                      .out_stride = n * sizes[t->type[FSM_OUT]],
+                      .out_stride = width_of(t) * sizes[t->type[FSM_OUT]],
                       .rows = t->shape[1],
                       .n = n,
                       .x_dtype = t->type[FSM_X],
@@ -865,8 +865,7 @@ static void equal_rows(fsm_op op) {
         const ptrdiff_t size = sizes[type], own = sizes[compute], results = ROWS * width_of(&t);
         char *x = allocate(ROWS * n * size), *out = allocate(results * own),
              *e = allocate(exps_kept(n, 1) * n * own);
-        fsm_rows w = plain_rows(&t, x, out, e);
-        w.out_stride = width_of(&t) * own;
+        const fsm_rows w = plain_rows(&t, x, out, e);
         for (ptrdiff_t i = 0; i < ROWS * n; i++) encode(type, -3, x + i * size);
         (compute == FSM_F64 ? isa->f64 : isa->f32)->rows(op, &w);
         const double want = op == FSM_SOFTMAX       ? 1.0 / (double)n
