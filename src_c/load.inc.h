@@ -71,14 +71,15 @@ FSM_INLINE void store_as(fsm_dtype dtype, void *p, ptrdiff_t i, ptrdiff_t n, vec
     else v_store((real *)p + i, a);
 }
 
-/* z[i] = (real)x[i]. The copy through memcpy is a plain load; it is there because x may have any
- * alignment. */
+/* z[i] = (real)x[i]. The copies through memcpy are a plain load and a plain store; they are there
+ * because x and z may have any alignment (z: exp_run). */
 #undef WIDEN_LOOP
 #define WIDEN_LOOP(TYPE, CONVERT)             \
     for (ptrdiff_t i = 0; i < n; i++) {       \
         TYPE a;                               \
         memcpy(&a, x + i * stride, sizeof a); \
-        z[i] = (real)CONVERT(a);              \
+        const real b = (real)CONVERT(a);      \
+        memcpy(z + i, &b, sizeof b);          \
     }
 #undef WIDEN
 #define WIDEN(DTYPE, TYPE, CONVERT)                \
@@ -89,7 +90,8 @@ FSM_INLINE void store_as(fsm_dtype dtype, void *p, ptrdiff_t i, ptrdiff_t n, vec
         } else WIDEN_LOOP(TYPE, CONVERT)           \
         break;
 
-static void widen(real *z, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptrdiff_t n) {
+static void widen(void *to, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptrdiff_t n) {
+    real *const z = to;
     switch ((int)dtype) { /* no enum: to float32 there are no integers */
     case FSM_F16: {
         ptrdiff_t i = 0;
@@ -97,12 +99,16 @@ static void widen(real *z, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptr
             for (; i + f32_VL <= n; i += f32_VL) {
                 float lane[f32_VL];
                 f32_store(lane, f16_load(x + 2 * i));
-                for (int l = 0; l < f32_VL; l++) z[i + l] = lane[l];
+                for (int l = 0; l < f32_VL; l++) {
+                    const real b = lane[l];
+                    memcpy(z + i + l, &b, sizeof b);
+                }
             }
         for (; i < n; i++) {
             float lane[f32_VL];
             f32_store(lane, f16_load_n(x + i * stride, 1, f32_set1(0)));
-            z[i] = lane[0];
+            const real b = lane[0];
+            memcpy(z + i, &b, sizeof b);
         }
         break;
     }

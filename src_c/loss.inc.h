@@ -4,7 +4,7 @@
  *     loss = (m - x) + log(s),     dx_j = g / s * exp(x_j - m),  less g at the label.
  *
  * Neither part of the loss is below 0, and log(s) = log1p(s - 1) with s - 1 exact, so nothing
- * cancels: the error is that of exp, 1.25 * 2^-24 (2^-53) relative, in s - 1, what the sum drops, and
+ * cancels: the error is that of exp, 1.5 * 2^-24 (2^-53) relative, in s - 1, what the sum drops, and
  * 1 ulp (2 ulp) of roundings. The same at the label: 1 - p = (s - 1) / s where x is the maximum,
  * and elsewhere p <= 1 / 2. */
 

@@ -445,6 +445,7 @@ FSM_APART vsum exp_sum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, con
 static vsum row_vsum(fsm_dtype dtype, real *e, const void *x, ptrdiff_t n, exp_ref ref, int fine,
                      int normal, const char *ask, const ready *w, ptrdiff_t at) {
     real own[FSM_LAG_MOST];
+    _Static_assert(FSM_BLOCK <= FSM_LAG_MOST, "own holds a step of row_sum, too");
     const exp_vref r = exp_broadcast(ref);
     if (!e) e = own;
     if (TOGETHER && normal == 1 && !fine) return exp_sum(dtype, e, x, n, &r, ask, w, at);
