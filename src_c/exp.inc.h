@@ -24,9 +24,9 @@
  * the rounding of e itself there is one of 2^-26 (2^-55) only, and, where |x| < 1/4 and m is not 0,
  * that of s. Relative to exp(x - m), in units of 2^-24 (2^-53), at the bottom of p's range, 0.707,
  * where all weigh most: 0.707 for e, 0.354 for each of the others, 0.05 for the polynomial. e is within
- * 1.5; 1.25 where m is 0 (tests/test_exp.py), 1.47 is the worst that was found
- * (test_the_worst_exp_of_a_row in tests/test_accuracy.py). At the maximum r = 0 and e = 1, exactly. e = fma(p -
- * 1, 2^n, 2^n) is rounded once, and once more if it is subnormal; nothing is flushed.
+ * 1.5; 1.25 where m is 0 (tests/test_exp.py), 1.47 is the worst that was found (tests/test_accuracy.py,
+ * test_the_worst_exp_of_a_row). At the maximum r = 0 and e = 1, exactly. e = fma(p - 1, 2^n, 2^n) is
+ * rounded once, and once more if it is subnormal; nothing is flushed.
  *
  * A sum that has no order
  * -----------------------

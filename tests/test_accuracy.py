@@ -28,8 +28,8 @@ from fastsoftmax import _core, reference
 
 # exp (0.63) + sum (0) + one rounding more than ideal when normalising, doubled by the binade.
 PUBLISHED = 2.0
-# exp's error, 1.5 at the most (src_c/exp.inc.h), at the numerator and, with the other sign, at every
-# term that makes the sum, and 0.5 of normalising. The worst row that was found has 3.26.
+# exp's error, 1.5 at the most (src_c/exp.inc.h), at the numerator and, with the other sign, at
+# every term that makes the sum, and 0.5 of normalising. The worst row that was found has 3.26.
 CRAFTED = 3.5
 # The float32 result rounded once more: 0.5 + 2 ulp of float32, which is 2^-12 ulp of float16.
 HALF = 0.51
