@@ -69,6 +69,8 @@ def everything(pages, x, axis, at, result_dtype=None):
     want = fs.logsumexp(x, axis, keepdims=True, dtype=result_dtype)
     assert_same_bits(small, want, (shape, "logsumexp"))
     fs.logsumexp(gx, axis, b=masks["bias"], where=masks["where"], keepdims=True, out=small)
+    want = fs.logsumexp(x, axis, b=bias, where=where, keepdims=True, dtype=result_dtype)
+    assert_same_bits(small, want, (shape, "weights"))
     if result_dtype == x.dtype:
         out = pages["out"].array(shape, result_dtype, at)
         for backward in (fs.softmax_backward, fs.log_softmax_backward):
