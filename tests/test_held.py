@@ -183,6 +183,8 @@ def test_the_dtype_of_out_changes_meanwhile(harm):
 def test_the_garbage_collector_runs_while_arrays_are_held(name):
     """Whatever code it runs: the array is resized before the call holds it, or not at all."""
     enabled, thresholds = gc.isenabled(), gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # what other tests have left, which would be gone through 40 times
     try:
         for threshold in range(1, 40):
             arrays = {"x": np.zeros((1000, 800), F32), "out": np.zeros((1000, 800), F32)}
@@ -208,6 +210,7 @@ def test_the_garbage_collector_runs_while_arrays_are_held(name):
             finally:
                 gc.set_threshold(*thresholds)
     finally:
+        gc.unfreeze()
         (gc.enable if enabled else gc.disable)()
 
 
