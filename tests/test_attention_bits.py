@@ -298,12 +298,12 @@ def test_queries_do_not_see_each_other(isa, dtype, name, special):
         others = np.delete(np.arange(60), at)
         got = attend(spoiled, k, v, **options)
         assert_same_results([g[:, :, others] for g in got], [w[:, :, others] for w in want], at)
-        # Another batch and other heads do not matter either.
-        spoiled = q.copy()
-        spoiled[0, 1] = special
-        got = attend(spoiled, k, v, **options)
-        assert_same_results([g[1] for g in got], [w[1] for w in want], "batch")
-        assert_same_results([g[0, 2:] for g in got], [w[0, 2:] for w in want], "heads")
+    # Another batch and other heads do not matter either.
+    spoiled = q.copy()
+    spoiled[0, 1] = special
+    got = attend(spoiled, k, v, **options)
+    assert_same_results([g[1] for g in got], [w[1] for w in want], "batch")
+    assert_same_results([g[0, 2:] for g in got], [w[0, 2:] for w in want], "heads")
 
 
 # --- what is not seen -----------------------------------------------------------------------------
