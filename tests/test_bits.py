@@ -188,7 +188,7 @@ def test_every_address(isa, dtype, n):
 def test_a_permutation_of_the_row_permutes_the_result(isa, dtype, n):
     x = logits((3, n), dtype, n)
     want = {function: function(x) for function in EVERY}
-    for seed in range(3):
+    for seed in range(3 if n < 10_000 else 1):
         order = rng("permutation", seed).permutation(n)
         for function in FAMILY:
             assert_same_bits(function(x[:, order]), want[function][:, order], (n, function))
