@@ -261,7 +261,8 @@ def test_offsets_of_any_size(offset, chunks):
 
 @every_dtype
 @pytest.mark.parametrize("name", CASES)
-def test_attention(isa, dtype, name, record_max):
+def test_attention(dtype, name, record_max):
+    """On one ISA: it is calls of attention and merge_attention, and no kernel of its own."""
     size = Size((3,), 4, 2, 90, 121, 9, 5)
     arrays, options = size.qkv(dtype), CASES[name]
     case = Attention(*arrays, **options)
