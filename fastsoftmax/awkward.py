@@ -176,7 +176,10 @@ def _of_node(name, layout):
     if not layout.is_list:
         return None
     layout = layout.to_ListOffsetArray64(True)
-    content, starts, places = layout.content, np.asarray(layout.offsets), None
+    starts, places = np.asarray(layout.offsets), None
+    content = layout.content[: starts[-1]]  # there may be more, that was sliced off
+    if content.is_indexed and not content.is_option and content.parameter("__array__") is None:
+        content = content.project()  # of records that were picked, Awkward keeps which, not copies
     if content.is_option and content.purelist_depth == 1:
         there = content.mask_as_bool(valid_when=True)
         before = np.concatenate([[0], np.cumsum(there)])
@@ -186,7 +189,7 @@ def _of_node(name, layout):
         content = content.to_NumpyArray(np.float64)
     if not content.is_numpy or content.data.ndim > 1:
         return None
-    y = _core._of_lists(name, content.data[: starts[-1]], starts)
+    y = _core._of_lists(name, content.data, starts)
     y = ak.contents.NumpyArray(y)
     if name == "logsumexp":
         return y

@@ -238,7 +238,7 @@ def attention(
     if lengths is not None:
         more += da.from_array(lengths, chunks=q.chunks[:lead]), letters
     for name, array in masks.items():
-        chunks = [c if n > 1 else (1,) for c, n in zip((*cut, -1), array.shape, strict=True)]
+        chunks = [(1,) if n == 1 else c for c, n in zip((*cut, -1), array.shape, strict=True)]
         masks[name] = array.rechunk(dict(enumerate(chunks)))
     names = ["kv_lengths"] * (lengths is not None) + list(masks)
     parts = []
@@ -365,8 +365,9 @@ def _call(x, function, axes, threads, options):
 
 def _scaled(x, temperature, compute):
     """x / temperature as fastsoftmax computes it, and in its type."""
-    x = x.astype(compute, copy=False)
-    return x if temperature is None else x * np.asarray(1 / np.float64(temperature), compute)
+    with np.errstate(all="ignore"):
+        x = x.astype(compute, copy=False)
+        return x if temperature is None else x * np.asarray(1 / np.float64(temperature), compute)
 
 
 def _top(x, axis, keepdims, temperature, compute):
@@ -413,12 +414,13 @@ def _results(*arrays, name, whole, threads, as_rows, dtype):
 
 def _for_scores(array, name, scores):
     """A mask or bias as a dask array of as many dimensions as the scores have."""
-    array = array if isinstance(array, da.Array) else da.asarray(_core._as_array(array, name))
+    if not isinstance(array, da.Array):
+        array = da.from_array(_core._as_array(array, name), chunks=-1)
     shape = (1,) * (len(scores) - array.ndim) + array.shape
     if len(shape) > len(scores) or any(n not in (1, m) for n, m in zip(shape, scores, strict=True)):
         raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to the scores, "
                          f"{scores}")  # fmt: skip
-    return array.reshape(shape)
+    return array[(np.newaxis,) * (len(scores) - array.ndim)]
 
 
 def _lengths(kv_lengths, lead, keys):

@@ -183,17 +183,18 @@ FSM_INLINE void gradient_scores_as(const score_rule *rule, const gradient_group 
             /* lse is rounded, and so t may be above 0; infinity is a score */
             t = v_mul(t, v_set1(LOG2E));
             vec p = pow2(v_if_less(t, v_set1(INFINITY), v_min(zero, t), t));
-            vec grad = v_mul(p, v_sub(v_load(d + at), delta));
+            vec grad = v_mul(p, v_sub(v_load(d + at), delta)), ds = v_mul(grad, factor);
             if (partial) {
                 vec sees = v_if_less(add, least, zero, one);
                 sees = v_if_less(key, view.lo, zero, sees);
                 sees = v_if_less(view.hi, key, zero, sees);
                 p = v_unless(sees, zero, p);
                 grad = v_unless(sees, zero, grad);
+                ds = v_unless(sees, zero, ds); /* the factor may be NaN where nobody looks */
             }
             v_store(s + at, p);
             if (dz) v_store(dz + at, grad);
-            v_store(d + at, v_mul(grad, factor));
+            v_store(d + at, ds);
         }
     }
 }

@@ -394,6 +394,26 @@ def test_empty(isa):
             assert_plus_zero(got) if size.v_depth else None
 
 
+@pytest.mark.parametrize("dtype", (F16, BF16, F32, F64), ids=str)
+def test_softcap_and_nan_out_of_sight(isa, dtype):
+    """The derivative of a cap is NaN where the score is, which a weight of 0 does not cancel."""
+
+    def gradients(q, k):
+        options = {"softcap": 2.0, "is_causal": True}
+        y, lse = fs.attention(q, k, v, return_lse=True, **options)
+        return fs.attention_backward(v, q, k, v, y, lse, **options)
+
+    q, k, v = np.random.default_rng(5).standard_normal((3, 3, 8)).astype(dtype)
+    dq, dk, dv = gradients(q, k)
+    poisoned = k.copy()
+    poisoned[2] = np.nan  # seen by the last query
+    assert_same_bits(gradients(q, poisoned)[0][:2], dq[:2])
+    poisoned = q.copy()
+    poisoned[0] = np.nan  # sees the first key
+    for got, clean in zip(gradients(poisoned, k)[1:], (dk, dv), strict=True):
+        assert_same_bits(got[1:], clean[1:])
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 Q, K, V = (np.ones(s, F32) for s in ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)))

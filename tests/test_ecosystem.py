@@ -192,6 +192,20 @@ def test_awkward_ufuncs_refuse_lists_without_a_name(ak, name):
     assert np.exp(jagged).tolist() == [[np.exp(1.0), np.exp(2.0)], [], [np.exp(3.0)]]
 
 
+@pytest.mark.parametrize("name", ufuncs.__all__)
+def test_awkward_of_what_was_picked(ak, name):
+    """Of filtered records Awkward keeps which ones they are, of slices what lies behind them."""
+    import fastsoftmax.awkward as fsa
+
+    function = getattr(fsa, name)
+    records = ak.Array([[{"x": 1.0}, {"x": 2.0}, {"x": 3.0}], [], [{"x": 4.0}, {"x": 9.0}]])
+    picked = records[records.x != 1].x
+    assert function(picked).tolist() == function(ak.Array(picked.tolist())).tolist()
+    cut = function(ak.Array([[1.0, None, 2.0], [3.0, None, 4.0]])[:1])
+    assert ak.is_valid(cut)
+    assert cut.tolist() == function(ak.Array([[1.0, None, 2.0]])).tolist()
+
+
 def test_lists_do_not_lead_outside():
     """The private function behind it checks where rows begin and end."""
     of_lists = fs._core._of_lists
