@@ -298,6 +298,7 @@ def _bounds(a, weights, lse):
     return errors * _mix(weights, a.visible, abs(a.v)), of_lse, errors * weights
 
 
+@_quiet
 def _attention_and_bound(q, k, v, **options):
     """Return out, lse and weights in float64, and how far each may be off, in half the time."""
     a = _Attention(q, k, v, **options)
