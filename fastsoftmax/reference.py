@@ -281,11 +281,6 @@ def attention_bound(q, k, v, /, *, return_lse=False, return_weights=False, **opt
     """
     a = _Attention(q, k, v, **options)
     weights, lse = _weigh(sum(a.terms), a.visible, a.sinks)
-    return a.results(*_bounds(a, weights, lse), return_lse, return_weights)
-
-
-def _bounds(a, weights, lse):
-    """Return how far out, lse and weights may be off."""
     dots = abs(a.scale) * (abs(a.q) @ abs(a.k).swapaxes(-1, -2))
     dots = np.where(a.visible & np.isfinite(dots), dots, 0)
     others = sum(map(abs, a.terms if a.softcap else a.terms[1:]), np.zeros_like(dots))
@@ -294,17 +289,9 @@ def _bounds(a, weights, lse):
     steps = 2 * (_KEY_BLOCK + 4 * math.ceil(a.k.shape[-2] / _KEY_BLOCK)) + 16
     dots, others = (np.max(x, -1, keepdims=True, initial=0) for x in (dots, others))
     errors = a.unit * (2 * a.q.shape[-1] * dots + steps + 2 * np.maximum(others, sinks))
-    of_lse = errors[..., 0] + a.unit * 4 * np.maximum(1, abs(lse))
-    return errors * _mix(weights, a.visible, abs(a.v)), of_lse, errors * weights
-
-
-@_quiet
-def _attention_and_bound(q, k, v, **options):
-    """Return out, lse and weights in float64, and how far each may be off, in half the time."""
-    a = _Attention(q, k, v, **options)
-    weights, lse = _weigh(sum(a.terms), a.visible, a.sinks)
-    results = _mix(weights, a.visible, a.v), lse, weights
-    return a.results(*results, True, True), a.results(*_bounds(a, weights, lse), True, True)
+    lse = errors[..., 0] + a.unit * 4 * np.maximum(1, abs(lse))
+    out = errors * _mix(weights, a.visible, abs(a.v))
+    return a.results(out, lse, errors * weights, return_lse, return_weights)
 
 
 @_quiet

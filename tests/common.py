@@ -300,12 +300,10 @@ class Attention:
     def __init__(self, q, k, v, **options):
         self.arrays, self.options, self.dtype = (q, k, v), options, q.dtype
         asked = {**options, "return_lse": True, "return_weights": True}
+        precise = WIDE if q.dtype == F64 else np.float64
         with np.errstate(all="ignore"):
-            if q.dtype == F64:
-                self.true = reference.attention(q, k, v, **asked, precise=WIDE)
-                self.bounds = reference.attention_bound(q, k, v, **asked)
-            else:
-                self.true, self.bounds = reference._attention_and_bound(q, k, v, **options)
+            self.true = reference.attention(q, k, v, **asked, precise=precise)
+            self.bounds = reference.attention_bound(q, k, v, **asked)
 
     @functools.cached_property
     def size(self):
