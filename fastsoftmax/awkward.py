@@ -175,11 +175,9 @@ def _of_node(name, layout):
         return ak.contents.NumpyArray(getattr(_core, name)(layout.data, -1))
     if not layout.is_list:
         return None
-    layout = layout.to_ListOffsetArray64(True)
-    starts, places = np.asarray(layout.offsets), None
-    content = layout.content[: starts[-1]]  # there may be more, that was sliced off
-    if content.is_indexed and not content.is_option and content.parameter("__array__") is None:
-        content = content.project()  # of records that were picked, Awkward keeps which, not copies
+    # Packed: of slices Awkward keeps what lies behind them, of picked records all, and which.
+    layout = layout.to_ListOffsetArray64(True).to_packed()
+    content, starts, places = layout.content, np.asarray(layout.offsets), None
     if content.is_option and content.purelist_depth == 1:
         there = content.mask_as_bool(valid_when=True)
         before = np.concatenate([[0], np.cumsum(there)])

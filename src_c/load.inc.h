@@ -4,6 +4,7 @@
 
 #define load_as FSM_NAME(load_as)
 #define store_as FSM_NAME(store_as)
+#define put FSM_NAME(put)
 #define widen FSM_NAME(widen)
 #define load_run FSM_NAME(load_run)
 #define special_run FSM_NAME(special_run)
@@ -71,15 +72,19 @@ FSM_INLINE void store_as(fsm_dtype dtype, void *p, ptrdiff_t i, ptrdiff_t n, vec
     else v_store((real *)p + i, a);
 }
 
-/* z[i] = (real)x[i]. The copies through memcpy are a plain load and a plain store; they are there
- * because x and z may have any alignment (z: exp_run). */
+/* to[i] = a. The copy through memcpy, as the one below, is plain; it is there because x and to (of
+ * exp_run) may have any alignment. */
+FSM_INLINE void put(void *to, ptrdiff_t i, real a) {
+    memcpy((char *)to + i * (ptrdiff_t)sizeof a, &a, sizeof a);
+}
+
+/* to[i] = (real)x[i]. */
 #undef WIDEN_LOOP
 #define WIDEN_LOOP(TYPE, CONVERT)             \
     for (ptrdiff_t i = 0; i < n; i++) {       \
         TYPE a;                               \
         memcpy(&a, x + i * stride, sizeof a); \
-        const real b = (real)CONVERT(a);      \
-        memcpy(z + i, &b, sizeof b);          \
+        put(to, i, (real)CONVERT(a));         \
     }
 #undef WIDEN
 #define WIDEN(DTYPE, TYPE, CONVERT)                \
@@ -91,7 +96,6 @@ FSM_INLINE void store_as(fsm_dtype dtype, void *p, ptrdiff_t i, ptrdiff_t n, vec
         break;
 
 static void widen(void *to, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptrdiff_t n) {
-    real *const z = to;
     switch ((int)dtype) { /* no enum: to float32 there are no integers */
     case FSM_F16: {
         ptrdiff_t i = 0;
@@ -99,16 +103,12 @@ static void widen(void *to, const char *x, ptrdiff_t stride, fsm_dtype dtype, pt
             for (; i + f32_VL <= n; i += f32_VL) {
                 float lane[f32_VL];
                 f32_store(lane, f16_load(x + 2 * i));
-                for (int l = 0; l < f32_VL; l++) {
-                    const real b = lane[l];
-                    memcpy(z + i + l, &b, sizeof b);
-                }
+                for (int l = 0; l < f32_VL; l++) put(to, i + l, lane[l]);
             }
         for (; i < n; i++) {
             float lane[f32_VL];
             f32_store(lane, f16_load_n(x + i * stride, 1, f32_set1(0)));
-            const real b = lane[0];
-            memcpy(z + i, &b, sizeof b);
+            put(to, i, lane[0]);
         }
         break;
     }

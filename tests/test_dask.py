@@ -322,6 +322,21 @@ def test_threads_of_tasks(threads, monkeypatch):
         assert len(seen) == 3 * 4 and set(seen) == {wanted}
 
 
+@pytest.mark.parametrize("queries, keys", [(0, 3), (3, 0), (0, 65)])
+def test_attention_of_nothing(queries, keys):
+    q, k, v = np.ones((2, queries, 4)), np.ones((2, keys, 4)), np.ones((2, keys, 5))
+    for shape in ((2, queries, keys), (queries, keys), (keys,)):
+        for mask in (np.ones(shape, bool), da.ones(shape, dtype=bool)):
+            y = fsd.attention(*(da.from_array(a) for a in (q, k, v)), mask=mask).compute()
+            assert_same_bits(y, fs.attention(q, k, v))
+
+
+def test_no_warnings():
+    x, options = np.array([1e300, 1.0, 2.0]), {"temperature": 1e-30}
+    y = fsd.softmax(da.from_array(x, chunks=2), **options).compute(scheduler="sync")
+    assert_same_bits(y, fs.softmax(x, **options))
+
+
 @pytest.fixture(scope="module")
 def cluster():
     distributed = pytest.importorskip("distributed")
@@ -337,21 +352,6 @@ def cluster():
             distributed.Client(cluster) as client,
         ):
             yield client, 2 * limit
-
-
-@pytest.mark.parametrize("queries, keys", [(0, 3), (3, 0), (0, 65)])
-def test_attention_of_nothing(queries, keys):
-    q, k, v = np.ones((2, queries, 4)), np.ones((2, keys, 4)), np.ones((2, keys, 5))
-    for shape in ((2, queries, keys), (queries, keys), (keys,)):
-        for mask in (np.ones(shape, bool), da.ones(shape, dtype=bool)):
-            y = fsd.attention(*(da.from_array(a) for a in (q, k, v)), mask=mask).compute()
-            assert_same_bits(y, fs.attention(q, k, v))
-
-
-def test_no_warnings():
-    x, options = np.array([1e300, 1.0, 2.0]), {"temperature": 1e-30}
-    y = fsd.softmax(da.from_array(x, chunks=2), **options).compute(scheduler="sync")
-    assert_same_bits(y, fs.softmax(x, **options))
 
 
 @pytest.mark.filterwarnings("ignore")
