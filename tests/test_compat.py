@@ -278,7 +278,10 @@ def test_scipy_documented_differences(special):
     equal = np.zeros(1000, BF16)
     assert 3.8 < special.softmax(equal).astype(F64).sum() < 4
     assert ours_scipy.softmax(equal).astype(F64).sum() == pytest.approx(1, abs=EPSILON[BF16])
-    assert special.logsumexp(equal).dtype == F64
+    try:
+        assert special.logsumexp(equal).dtype == F64
+    except TypeError as refused:  # NumPy, asked by SciPy what kind of type that of ml_dtypes 0.7 is
+        assert "must be a NumPy dtype" in str(refused)
 
     for dtype in "?bBhHiIlL":
         x = np.array([1, 0, 1], dtype)

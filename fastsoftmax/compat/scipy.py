@@ -6,7 +6,7 @@ What differs from SciPy:
   514 in float64 on common distributions.
 - float16 and bfloat16 are computed in float32 and keep their type. In SciPy sums of float16
   overflow at 65504, softmax of 1000 equal values of bfloat16 sums to 3.9, logsumexp of them is
-  float64.
+  float64 or, with ml_dtypes 0.7, a TypeError.
 - Integers of any size and bool give float64. In SciPy the type of softmax and log_softmax depends
   on the size, unsigned integers wrap around and bool is refused.
 - Along an axis of length 0 softmax and log_softmax are empty, where SciPy raises; the sign of an
