@@ -40,6 +40,7 @@ GNU = {
     "link coverage": "--coverage",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+    "amx": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mamx-tile -mamx-bf16",
 }
 MSVC = {
     "compile": "/O2 /std:c11 /fp:precise",
@@ -67,14 +68,19 @@ AARCH64 = """\
 int main(void) { return 0; }
 """
 OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
-PROBES = {"avx2": X86_64, "avx512": X86_64, "neon": AARCH64, "openmp": OPENMP}
+AMX = """\
+#include <immintrin.h>
+#include <sys/syscall.h>
+int main(void) { _tile_dpbf16ps(0, 1, 2); return SYS_arch_prctl == 0; }
+"""
+PROBES = {"amx": AMX, "avx2": X86_64, "avx512": X86_64, "neon": AARCH64, "openmp": OPENMP}
 
 
 class BuildExt(build_ext):
     """Compile the kernels of each ISA with its flags, then build the extension around them."""
 
     def build_extension(self, ext):
-        isas = ["scalar", *filter(self.can_build, ("avx2", "avx512", "neon"))]
+        isas = ["scalar", *filter(self.can_build, ("avx2", "avx512", "amx", "neon"))]
         ext.define_macros = [(f"FSM_HAVE_{isa.upper()}", "1") for isa in isas]
         flags = ["compile"]
         if COVERAGE:
@@ -84,7 +90,7 @@ class BuildExt(build_ext):
             flags += ["openmp"]
             ext.extra_link_args += self.flags("link openmp")
         os.makedirs(self.build_temp, exist_ok=True)
-        parts = [("isa_" + isa, isa) for isa in isas] + [(name, "plans") for name in PLANS]
+        parts = [("isa_" + isa, isa) for isa in isas if isa != "amx"] + [("amx", "amx")] + [(name, "plans") for name in PLANS]
         with ThreadPoolExecutor() as pool:  # an ISA takes a compiler half a minute
             ext.extra_objects = list(pool.map(lambda part: self.compiled(ext, flags, *part), parts))
         ext.extra_compile_args = self.flags("module", *flags)

@@ -41,6 +41,7 @@ typedef struct {
 struct fsm_attention_plan {
     fsm_attention problem;
     const fsm_kernels *kernels;
+    const fsm_products *products;
     int threads;
     ptrdiff_t share, chunk,
         chunks;          /* heads of a KV head; of these, in chunks, where there is one query */
@@ -109,7 +110,10 @@ static void cut(fsm_attention_plan *p, ptrdiff_t places, double work) {
 
     const fsm_attention *a = &p->problem;
     p->threads = (int)least(p->threads, p->tasks);
-    if (many) p->scratch_size = p->kernels->attend_scratch(a->depth, a->v_depth);
+    if (many) {
+        p->scratch_size = p->kernels->attend_scratch(a->depth, a->v_depth);
+        if (p->products) p->scratch_size += p->products->scratch(a->depth, a->v_depth);
+    }
     if (!single) return;
     p->scratch_size =
         most(p->scratch_size, p->kernels->decode_scratch(a->depth, a->v_depth, p->chunk));
@@ -123,6 +127,7 @@ fsm_status fsm_attention_packed_new(fsm_attention_plan **result, const fsm_atten
     fsm_attention_plan draft = {.problem = *problem}, *p = &draft;
     const fsm_attention *a = &p->problem;
     p->kernels = a->compute == FSM_F64 ? a->isa->f64 : a->isa->f32;
+    if (a->operand[FSM_ATTN_Q].dtype == FSM_BF16) p->products = a->isa->bf16;
     const ptrdiff_t places = q_starts ? a->kv_heads : places_of(a),
                     sequences = q_starts ? a->shape[0] : 1;
     if (places == 0 || a->heads == 0 || sequences == 0) return FSM_DONE;
@@ -218,6 +223,7 @@ static const sequence *sequence_of(const fsm_attention_plan *p, ptrdiff_t task) 
 static void query_task(const fsm_attention_plan *p, const sequence *s, ptrdiff_t i, int thread) {
     const ptrdiff_t unit = s->per_place - 1 - i % s->per_place, span = unit / s->per_span * s->span;
     fsm_attend a = attend_in(p, s, i / s->per_place, 0, p->share, thread);
+    a.products = p->products;
     a.begin = span + unit % s->per_span * s->rows;
     a.end = least(a.begin + s->rows, span + s->span);
     p->kernels->attend(&a);

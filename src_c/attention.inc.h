@@ -44,6 +44,8 @@
 #define group_begin FSM_NAME(group_begin)
 #define group_end FSM_NAME(group_end)
 #define group_block FSM_NAME(group_block)
+#define group_mix FSM_NAME(group_mix)
+#define up_to_lanes FSM_NAME(up_to_lanes)
 #define group_additive FSM_NAME(group_additive)
 #define evenly_apart FSM_NAME(evenly_apart)
 #define fetch_group FSM_NAME(fetch_group)
@@ -89,7 +91,13 @@ typedef struct {
 typedef struct {
     group_state *groups;
     real *s, *additive, *along, *rows, *k, *v, *clean;
+    void *products; /* of a->products */
 } unit_scratch;
+
+/* Rows of o; fsm_products adds to whole tiles. */
+FSM_INLINE ptrdiff_t up_to_lanes(ptrdiff_t n) {
+    return (n + FSM_LANE_QUANTUM - 1) / FSM_LANE_QUANTUM * FSM_LANE_QUANTUM;
+}
 
 /* Where everything lies in the scratch of a thread; returns its size in bytes. */
 static ptrdiff_t attend_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, unit_scratch *u) {
@@ -105,7 +113,7 @@ static ptrdiff_t attend_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, uni
     u->clean = TAKE(real, KEYS * v_depth);
     for (int g = 0; g < FSM_ATTEND_GROUPS; g++) {
         real *q = TAKE(real, depth * GROUP);
-        real *o = TAKE(real, v_depth * GROUP);
+        real *o = TAKE(real, up_to_lanes(v_depth) * GROUP);
         if (at) {
             u->groups[g].q = q;
             u->groups[g].o = o;
@@ -262,7 +270,7 @@ static void group_begin(const fsm_attend *a, group_state *g, ptrdiff_t first, pt
         if (sink - sink == 0) g->max[l] = sink;
         g->sum[l] = sink == -INFINITY ? 0 : sink - sink + 1; /* NaN for NaN and inf */
     }
-    memset(g->o, 0, (size_t)(a->v_depth * GROUP) * sizeof(real));
+    memset(g->o, 0, (size_t)(up_to_lanes(a->v_depth) * GROUP) * sizeof(real));
 }
 
 /* Whether the rows of a matrix can be transposed where they lie: of one head, or evenly apart
@@ -435,8 +443,12 @@ static int group_block(const fsm_attend *a, const score_rule *rule, group_state 
                        unit_scratch *u, vec top[3], int *partial) {
     block_view seen;
     if (!view_block(a, g, b, u, &seen)) return 0;
-    if (!b->k.at) b->k = fetch(&a->k, a->dtype, b->first, b->n, a->depth, u->k);
-    group_scores(g->vectors, u->s, &b->k, b->n, g->q, a->depth);
+    if (a->products)
+        a->products->scores(u->products, (int)(g - u->groups), g->vectors, u->s);
+    else {
+        if (!b->k.at) b->k = fetch(&a->k, a->dtype, b->first, b->n, a->depth, u->k);
+        group_scores(g->vectors, u->s, &b->k, b->n, g->q, a->depth);
+    }
     if (rule->natural || seen.hides || seen.ranged) group_rule(a, rule, g, b, &seen, u->s, top);
     else
         for (int v = 0; v < g->vectors; v++) {
@@ -447,6 +459,23 @@ static int group_block(const fsm_attend *a, const score_rule *rule, group_state 
         }
     *partial = seen.hides || seen.ranged;
     return 1;
+}
+
+/* Adds the weighted values to o. Returns whether some that are not finite were left out. */
+static int group_mix(const fsm_attend *a, group_state *g, block_state *b, unit_scratch *u,
+                     int partial) {
+    int poisoned = 0;
+    if (a->products) poisoned = a->products->mix(u->products, g->vectors, u->s, g->alpha, g->o);
+    if ((!a->products || poisoned) && !b->v.at)
+        b->v = fetch(&a->v, a->dtype, b->first, b->n, a->v_depth, u->v);
+    if (a->products) return poisoned;
+    if (partial && b->poisoned < 0) {
+        b->poisoned = !all_finite(b->v, b->n, a->v_depth);
+        if (b->poisoned) b->clean = without_poison(b->v, b->n, a->v_depth, u->clean);
+    }
+    const int clean = partial && b->poisoned;
+    group_values(g->vectors, g->o, g->alpha, clean ? &b->clean : &b->v, b->n, u->s, a->v_depth);
+    return clean;
 }
 
 static void group_end(const fsm_attend *a, const score_rule *rule, group_state *g, real *staging) {
@@ -481,13 +510,15 @@ static void begin_block(const fsm_attend *a, const row_view *any, block_state *b
     /* The same for every row, as a padding mask is: read once. */
     const int varies = (a->mask.at && (a->mask.row || (a->heads > 1 && a->mask.head))) ||
                        (a->bias.at && (a->bias.row || (a->heads > 1 && a->bias.head)));
-    if (varies || !(a->mask.at || a->bias.at)) return;
-    b->additive = u->along;
-    load_additive(a, any, first, b->n, u->along);
-    /* Padding, at either end, is left out. */
-    while (b->n && b->additive[b->n - 1] == -INFINITY) b->n--;
-    for (; b->n && b->additive[0] == -INFINITY; b->n--) b->additive++, b->first++;
-    for (ptrdiff_t j = 0; j < b->n; j++) b->hides += b->additive[j] == -INFINITY;
+    if (!varies && (a->mask.at || a->bias.at)) {
+        b->additive = u->along;
+        load_additive(a, any, first, b->n, u->along);
+        /* Padding, at either end, is left out. */
+        while (b->n && b->additive[b->n - 1] == -INFINITY) b->n--;
+        for (; b->n && b->additive[0] == -INFINITY; b->n--) b->additive++, b->first++;
+        for (ptrdiff_t j = 0; j < b->n; j++) b->hides += b->additive[j] == -INFINITY;
+    }
+    if (a->products) a->products->block(u->products, b->first, b->n);
 }
 
 /* Once the state of the rows is final: their weights, computed again, block by block. */
@@ -525,6 +556,8 @@ static void store_weights(const fsm_attend *a, const score_rule *rule, group_sta
 static void attend_unit(const fsm_attend *a) {
     unit_scratch u;
     attend_layout(a->scratch, a->depth, a->v_depth, &u);
+    if (a->products)
+        u.products = a->products->begin(a->scratch + attend_bytes(a->depth, a->v_depth), a);
     const score_rule rule = make_rule(a);
     ptrdiff_t from = a->keys, to = 0; /* the keys that some row sees */
     int groups = 0;
@@ -532,6 +565,7 @@ static void attend_unit(const fsm_attend *a) {
         group_state *g = &u.groups[groups];
         group_begin(a, g, r, a->end);
         group_queries(a, &rule, g, u.rows);
+        if (a->products) a->products->queries(u.products, groups, g->vectors, g->q);
         if (g->lo_least < from) from = g->lo_least;
         if (g->hi_most + 1 > to) to = g->hi_most + 1;
     }
@@ -545,18 +579,12 @@ static void attend_unit(const fsm_attend *a) {
             int partial;
             if (!group_block(a, &rule, g, &b, &u, top, &partial)) continue;
             group_weights(&rule, g, b.n, u.s, top);
-            if (!b.v.at) b.v = fetch(&a->v, a->dtype, b.first, b.n, a->v_depth, u.v);
-            if (partial && b.poisoned < 0) {
-                b.poisoned = !all_finite(b.v, b.n, a->v_depth);
-                if (b.poisoned) b.clean = without_poison(b.v, b.n, a->v_depth, u.clean);
-            }
-            const int clean = partial && b.poisoned;
-            group_values(g->vectors, g->o, g->alpha, clean ? &b.clean : &b.v, b.n, u.s, a->v_depth);
-            if (clean) add_poison(a, g, &b, b.v, a->v_depth, u.s);
+            if (group_mix(a, g, &b, &u, partial)) add_poison(a, g, &b, b.v, a->v_depth, u.s);
         }
     }
     for (int i = 0; i < groups; i++) {
         group_end(a, &rule, &u.groups[i], u.rows);
         if (a->weights.at) store_weights(a, &rule, &u.groups[i], &u);
     }
+    if (a->products) a->products->end(u.products);
 }

@@ -1,4 +1,7 @@
 /* Which ISAs this CPU and operating system can run, best first. */
+#if defined(__linux__)
+#define _GNU_SOURCE /* syscall */
+#endif
 #include "kernels.h"
 
 #if defined(FSM_HAVE_AVX2) || defined(FSM_HAVE_AVX512)
@@ -38,15 +41,32 @@ static int x86_level(void) {
                ? 2
                : 1;
 }
+
+/* AMX-TILE and AMX-BF16 (CPUID, as above), and a system that saves tiles, once asked to: of Linux a
+ * process must ask for these registers, 8 KB a thread (Documentation/arch/x86/xstate.rst). */
+#ifdef FSM_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+static int has_amx(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILE_DATA = 18 };
+    uint32_t extended[4];
+    cpuid(7, extended);
+    return has(extended[3], 22) && has(extended[3], 24) && (xcr0() & 0x60000) == 0x60000 &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) == 0;
+}
+#endif
 #endif
 
 /* The list is computed anew at each call, a few dozen cycles to a microsecond: no state, nothing to
  * lock. */
 const fsm_isa *fsm_isa_at(int i) {
-    const fsm_isa *list[4];
+    const fsm_isa *list[5];
     int count = 0;
 #if defined(FSM_HAVE_AVX2) || defined(FSM_HAVE_AVX512)
     const int level = x86_level();
+#endif
+#ifdef FSM_HAVE_AMX
+    if (level >= 2 && has_amx()) list[count++] = &fsm_isa_amx;
 #endif
 #ifdef FSM_EMULATED_AVX512 /* tests/c/isa_avx512_emulated.c */
     list[count++] = &fsm_isa_avx512;

@@ -3,3 +3,7 @@
 
 #define FSM_ISA avx512
 #include "isa.inc.h"
+
+#ifdef FSM_HAVE_AMX
+const fsm_isa fsm_isa_amx = {"amx", &f32_kernels, &f64_kernels, &fsm_amx};
+#endif

@@ -144,6 +144,7 @@ typedef struct {
 /* Attention for one leading index and one KV head: `heads` times `queries` rows, row r being query
  * r % queries of head r / queries. */
 typedef struct {
+    const struct fsm_products *products; /* NULL: those of the kernels */
     fsm_dtype dtype, bias_dtype; /* dtype: of q, k, v, out, weights and grad_out */
     fsm_matrix q, k, v, mask, bias, sinks, slopes, out, lse, weights;
     fsm_matrix grad_out, dq, dk, dv, dbias, dsinks; /* backward; all but the first are added to */
@@ -208,11 +209,26 @@ typedef struct {
                       ptrdiff_t columns);
 } fsm_kernels;
 
+/* The two matrix products of `attend` for bfloat16, where a CPU has instructions for them: of a unit,
+ * block by block of keys. s, p and o lie as attention.inc.h says. */
+typedef struct fsm_products {
+    ptrdiff_t (*scratch)(ptrdiff_t depth, ptrdiff_t v_depth);
+    void *(*begin)(char *scratch, const fsm_attend *);
+    void (*queries)(void *, int group, int vectors, const void *q);
+    void (*block)(void *, ptrdiff_t first, ptrdiff_t n);
+    void (*scores)(void *, int group, int vectors, void *s);
+    /* o = o alpha + V^T p, without the values that are not finite; whether there were any */
+    int (*mix)(void *, int vectors, const void *p, const void *alpha, void *o);
+    void (*end)(void *);
+} fsm_products;
+
 struct fsm_isa {
     const char *name;
     const fsm_kernels *f32, *f64;
+    const fsm_products *bf16; /* NULL: those of f32 */
 };
 
-extern const fsm_isa fsm_isa_scalar, fsm_isa_avx2, fsm_isa_avx512, fsm_isa_neon;
+extern const fsm_isa fsm_isa_scalar, fsm_isa_avx2, fsm_isa_avx512, fsm_isa_amx, fsm_isa_neon;
+extern const fsm_products fsm_amx;
 
 #endif
