@@ -69,12 +69,15 @@ DRIVERS = driver attention_driver gradient_driver
 IS_X86 = $(filter x86_64 amd64,$(shell uname -m))
 IS_ARM = $(filter aarch64 arm64,$(shell uname -m))
 HAS_AVX512 = $(shell grep -sw avx512vl /proc/cpuinfo)
-ISAS = scalar $(if $(IS_X86),avx2 $(if $(HAS_AVX512),avx512)) $(if $(IS_ARM),neon)
+HAS_AMX = $(shell grep -sw amx_bf16 /proc/cpuinfo)
+ISAS = scalar $(if $(IS_X86),avx2 $(if $(HAS_AVX512),avx512 $(if $(HAS_AMX),amx))) $(if $(IS_ARM),neon)
 FLAGS_isa_avx2 = -mavx2 -mfma -mf16c
 FLAGS_isa_avx512 = $(FLAGS_isa_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+FLAGS_isa_amx = $(FLAGS_isa_avx512) -mamx-tile -mamx-bf16
 FLAGS_isa_avx512_emulated = $(FLAGS_isa_avx2) -Wno-psabi
 HAVE_avx2 = -DFSM_HAVE_AVX2
 HAVE_avx512 = -DFSM_HAVE_AVX512
+HAVE_amx = -DFSM_HAVE_AMX
 HAVE_avx512_emulated = -DFSM_EMULATED_AVX512
 HAVE_neon = -DFSM_HAVE_NEON
 DRIVER_FLAGS = -g -std=c11 -ffp-contract=off -fno-math-errno -Wall -Wextra -fopenmp -Isrc_c
@@ -84,9 +87,9 @@ ISAS_sanitize = $(ISAS)
 FLAGS_half = $(FLAGS_sanitize) -DONE_IN=2
 ISAS_half = $(ISAS)
 
-# valgrind watches the ends of arrays itself, is slow, and has no AVX-512.
+# valgrind watches the ends of arrays itself, is slow, and has neither AVX-512 nor AMX.
 FLAGS_valgrind = -O2 -DGUARD=0 -DONE_IN=17
-ISAS_valgrind = $(filter-out avx512,$(ISAS))
+ISAS_valgrind = $(filter-out avx512 amx,$(ISAS))
 RUN_valgrind = valgrind --quiet --error-exitcode=1 --leak-check=full \
 	--errors-for-leak-kinds=definite --show-leak-kinds=definite
 
@@ -94,7 +97,7 @@ RUN_valgrind = valgrind --quiet --error-exitcode=1 --leak-check=full \
 # LLVM's runtime does, by its tool Archer (Debian: clang, libomp-dev).
 CC_tsan = $(firstword $(shell command -v clang clang-14) clang)
 FLAGS_tsan = -O1 -fsanitize=thread
-ISAS_tsan = $(filter-out avx512,$(ISAS))
+ISAS_tsan = $(filter-out avx512 amx,$(ISAS))
 RUN_tsan = OMP_TOOL_LIBRARIES=libarcher.so TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 
 # AVX-512 on a CPU that has AVX2 only: SIMDe's headers (Debian: libsimde-dev).

@@ -40,8 +40,8 @@ GNU = {
     "link coverage": "--coverage",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
-    "amx": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mamx-tile -mamx-bf16",
 }
+GNU["amx"] = GNU["avx512"] + " -mamx-tile -mamx-bf16"
 MSVC = {
     "compile": "/O2 /std:c11 /fp:precise",
     "openmp": "/openmp",
@@ -71,9 +71,12 @@ OPENMP = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }
 AMX = """\
 #include <immintrin.h>
 #include <sys/syscall.h>
-int main(void) { _tile_dpbf16ps(0, 1, 2); return SYS_arch_prctl == 0; }
+int main(void) {
+    _tile_dpbf16ps(0, 1, 2);
+    return SYS_arch_prctl == 0;
+}
 """
-PROBES = {"amx": AMX, "avx2": X86_64, "avx512": X86_64, "neon": AARCH64, "openmp": OPENMP}
+PROBES = {"avx2": X86_64, "avx512": X86_64, "amx": AMX, "neon": AARCH64, "openmp": OPENMP}
 
 
 class BuildExt(build_ext):
@@ -90,7 +93,7 @@ class BuildExt(build_ext):
             flags += ["openmp"]
             ext.extra_link_args += self.flags("link openmp")
         os.makedirs(self.build_temp, exist_ok=True)
-        parts = [("isa_" + isa, isa) for isa in isas if isa != "amx"] + [("amx", "amx")] + [(name, "plans") for name in PLANS]
+        parts = [("isa_" + isa, isa) for isa in isas] + [(name, "plans") for name in PLANS]
         with ThreadPoolExecutor() as pool:  # an ISA takes a compiler half a minute
             ext.extra_objects = list(pool.map(lambda part: self.compiled(ext, flags, *part), parts))
         ext.extra_compile_args = self.flags("module", *flags)

@@ -45,7 +45,6 @@
 #define group_end FSM_NAME(group_end)
 #define group_block FSM_NAME(group_block)
 #define group_mix FSM_NAME(group_mix)
-#define up_to_lanes FSM_NAME(up_to_lanes)
 #define group_additive FSM_NAME(group_additive)
 #define evenly_apart FSM_NAME(evenly_apart)
 #define fetch_group FSM_NAME(fetch_group)
@@ -94,26 +93,21 @@ typedef struct {
     void *products; /* of a->products */
 } unit_scratch;
 
-/* Rows of o; fsm_products adds to whole tiles. */
-FSM_INLINE ptrdiff_t up_to_lanes(ptrdiff_t n) {
-    return (n + FSM_LANE_QUANTUM - 1) / FSM_LANE_QUANTUM * FSM_LANE_QUANTUM;
-}
-
 /* Where everything lies in the scratch of a thread; returns its size in bytes. */
 static ptrdiff_t attend_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, unit_scratch *u) {
     ptrdiff_t used = 0;
     const ptrdiff_t widest = depth > v_depth ? depth : v_depth;
-    u->groups = TAKE(group_state, FSM_ATTEND_GROUPS);
-    u->s = TAKE(real, KEYS * GROUP);
-    u->additive = TAKE(real, KEYS * GROUP);
-    u->along = TAKE(real, KEYS);
-    u->rows = TAKE(real, GROUP * (widest > KEYS ? widest : KEYS));
-    u->k = TAKE(real, KEYS * depth);
-    u->v = TAKE(real, KEYS * v_depth);
-    u->clean = TAKE(real, KEYS * v_depth);
+    u->groups = FSM_TAKE(group_state, FSM_ATTEND_GROUPS);
+    u->s = FSM_TAKE(real, KEYS * GROUP);
+    u->additive = FSM_TAKE(real, KEYS * GROUP);
+    u->along = FSM_TAKE(real, KEYS);
+    u->rows = FSM_TAKE(real, GROUP * (widest > KEYS ? widest : KEYS));
+    u->k = FSM_TAKE(real, KEYS * depth);
+    u->v = FSM_TAKE(real, KEYS * v_depth);
+    u->clean = FSM_TAKE(real, KEYS * v_depth);
     for (int g = 0; g < FSM_ATTEND_GROUPS; g++) {
-        real *q = TAKE(real, depth * GROUP);
-        real *o = TAKE(real, up_to_lanes(v_depth) * GROUP);
+        real *q = FSM_TAKE(real, depth * GROUP);
+        real *o = FSM_TAKE(real, up_to_multiple(v_depth, FSM_LANE_QUANTUM) * GROUP);
         if (at) {
             u->groups[g].q = q;
             u->groups[g].o = o;
@@ -270,7 +264,7 @@ static void group_begin(const fsm_attend *a, group_state *g, ptrdiff_t first, pt
         if (sink - sink == 0) g->max[l] = sink;
         g->sum[l] = sink == -INFINITY ? 0 : sink - sink + 1; /* NaN for NaN and inf */
     }
-    memset(g->o, 0, (size_t)(up_to_lanes(a->v_depth) * GROUP) * sizeof(real));
+    memset(g->o, 0, (size_t)(up_to_multiple(a->v_depth, FSM_LANE_QUANTUM) * GROUP) * sizeof(real));
 }
 
 /* Whether the rows of a matrix can be transposed where they lie: of one head, or evenly apart
@@ -416,14 +410,20 @@ static void group_weights(const score_rule *rule, group_state *g, ptrdiff_t keys
 /* Values that are not finite, of rows of v or k, to the queries that do see them. */
 static void add_poison(const fsm_attend *a, group_state *g, const block_state *b, rows_of values,
                        ptrdiff_t columns, const real *p) {
-    for (ptrdiff_t j = 0; j < b->n; j++)
+    for (ptrdiff_t j = 0; j < b->n; j++) {
+        const rows_of row = {values.at + j * values.stride, values.stride};
+        real seen[GROUP] = {0};
+        if (all_finite(row, 1, columns)) continue;
+        for (int l = 0; l < g->rows; l++) seen[l] = (real)sees(a, &g->view[l], b->first + j);
         for (ptrdiff_t d = 0; d < columns; d++) {
-            const real value = values.at[j * values.stride + d];
-            if (value - value == 0) continue;
-            for (int l = 0; l < g->rows; l++)
-                if (sees(a, &g->view[l], b->first + j))
-                    g->o[d * GROUP + l] += p[j * GROUP + l] * value;
+            if (row.at[d] - row.at[d] == 0) continue;
+            for (int v = 0; v < g->vectors * VL; v += VL) {
+                const vec o = v_load(g->o + d * GROUP + v),
+                          sum = v_fma(v_load(p + j * GROUP + v), v_set1(row.at[d]), o);
+                v_store(g->o + d * GROUP + v, v_if_less(v_set1(0), v_load(seen + v), sum, o));
+            }
         }
+    }
 }
 
 /* What the group sees of a block; returns 0 if that is nothing. */
@@ -443,8 +443,7 @@ static int group_block(const fsm_attend *a, const score_rule *rule, group_state 
                        unit_scratch *u, vec top[3], int *partial) {
     block_view seen;
     if (!view_block(a, g, b, u, &seen)) return 0;
-    if (a->products)
-        a->products->scores(u->products, (int)(g - u->groups), g->vectors, u->s);
+    if (a->products) a->products->scores(u->products, (int)(g - u->groups), g->vectors, u->s);
     else {
         if (!b->k.at) b->k = fetch(&a->k, a->dtype, b->first, b->n, a->depth, u->k);
         group_scores(g->vectors, u->s, &b->k, b->n, g->q, a->depth);

@@ -38,12 +38,12 @@ typedef struct {
 static ptrdiff_t decode_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, ptrdiff_t heads,
                                decode_state *u) {
     ptrdiff_t used = 0;
-    u->q = TAKE(real, heads * depth);
-    u->s = TAKE(real, heads * BLOCK);
-    u->additive = TAKE(real, BLOCK);
-    u->k = TAKE(real, BLOCK * depth);
-    u->v = TAKE(real, BLOCK * v_depth);
-    u->clean = TAKE(real, BLOCK * v_depth);
+    u->q = FSM_TAKE(real, heads * depth);
+    u->s = FSM_TAKE(real, heads * BLOCK);
+    u->additive = FSM_TAKE(real, BLOCK);
+    u->k = FSM_TAKE(real, BLOCK * depth);
+    u->v = FSM_TAKE(real, BLOCK * v_depth);
+    u->clean = FSM_TAKE(real, BLOCK * v_depth);
     return used;
 }
 

@@ -24,8 +24,21 @@ static uint64_t xcr0(void) {
 
 static int has(uint32_t word, int bit) { return word >> bit & 1; }
 
-/* 0: neither, 1: AVX2 + FMA + F16C, 2: also AVX-512 F + DQ + BW + VL. Bits: Intel SDM vol. 2A,
- * CPUID. The system must save the registers. */
+#ifdef FSM_HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+/* Linux gives a process the tiles, 8 KB a thread, only if it asks
+ * (Documentation/arch/x86/xstate.rst); it may do so any number of times. */
+static int system_gives_tiles(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) == 0;
+}
+#else
+static int system_gives_tiles(void) { return 0; }
+#endif
+
+/* 0: none, 1: AVX2 + FMA + F16C, 2: also AVX-512 F + DQ + BW + VL, 3: also AMX TILE + BF16. Bits: Intel
+ * SDM vol. 2A, CPUID. The system must save the registers. */
 static int x86_level(void) {
     uint32_t basic[4], extended[4];
     cpuid(1, basic);
@@ -36,25 +49,12 @@ static int x86_level(void) {
     if (!has(basic[2], 12) || !has(basic[2], 28) || !has(basic[2], 29) || !has(extended[1], 5))
         return 0;
     if ((saved & 0xe6) != 0xe6) return 1; /* opmask, ZMM */
-    return has(extended[1], 16) && has(extended[1], 17) && has(extended[1], 30) &&
-                   has(extended[1], 31)
-               ? 2
-               : 1;
+    if (!has(extended[1], 16) || !has(extended[1], 17) || !has(extended[1], 30) ||
+        !has(extended[1], 31))
+        return 1;
+    if ((saved & 0x60000) != 0x60000) return 2; /* configuration of tiles, tiles */
+    return has(extended[3], 22) && has(extended[3], 24) && system_gives_tiles() ? 3 : 2;
 }
-
-/* AMX-TILE and AMX-BF16 (CPUID, as above), and a system that saves tiles, once asked to: of Linux a
- * process must ask for these registers, 8 KB a thread (Documentation/arch/x86/xstate.rst). */
-#ifdef FSM_HAVE_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-static int has_amx(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILE_DATA = 18 };
-    uint32_t extended[4];
-    cpuid(7, extended);
-    return has(extended[3], 22) && has(extended[3], 24) && (xcr0() & 0x60000) == 0x60000 &&
-           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) == 0;
-}
-#endif
 #endif
 
 /* The list is computed anew at each call, a few dozen cycles to a microsecond: no state, nothing to
@@ -66,7 +66,7 @@ const fsm_isa *fsm_isa_at(int i) {
     const int level = x86_level();
 #endif
 #ifdef FSM_HAVE_AMX
-    if (level >= 2 && has_amx()) list[count++] = &fsm_isa_amx;
+    if (level >= 3) list[count++] = &fsm_isa_amx;
 #endif
 #ifdef FSM_EMULATED_AVX512 /* tests/c/isa_avx512_emulated.c */
     list[count++] = &fsm_isa_avx512;

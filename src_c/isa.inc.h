@@ -16,5 +16,4 @@ static const fsm_kernels f64_kernels = FSM_KERNELS;
 
 #define FSM_QUOTE_(name) #name
 #define FSM_QUOTE(name) FSM_QUOTE_(name)
-const fsm_isa FSM_PASTE(fsm_isa, FSM_ISA) = {FSM_QUOTE(FSM_ISA), &f32_kernels, &f64_kernels,
-                                               NULL};
+const fsm_isa FSM_PASTE(fsm_isa, FSM_ISA) = {FSM_QUOTE(FSM_ISA), &f32_kernels, &f64_kernels, NULL};

@@ -5,5 +5,5 @@
 #include "isa.inc.h"
 
 #ifdef FSM_HAVE_AMX
-const fsm_isa fsm_isa_amx = {"amx", &f32_kernels, &f64_kernels, &fsm_amx};
+const fsm_isa fsm_isa_amx = {"amx", &f32_kernels, &f64_kernels, &fsm_products_amx};
 #endif

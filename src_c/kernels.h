@@ -45,6 +45,16 @@ static inline ptrdiff_t fused_kept(ptrdiff_t n) {
     return rows * n > 2 * FSM_BLOCK ? rows * n : 2 * FSM_BLOCK;
 }
 
+static inline ptrdiff_t up_to_multiple(ptrdiff_t a, ptrdiff_t of) { return (a + of - 1) / of * of; }
+
+/* Part of the scratch at `at`, of which `used` bytes are taken; `at` may be NULL, to learn the size. */
+static inline void *part_of(char *at, ptrdiff_t *used, ptrdiff_t bytes) {
+    void *part = (void *)((uintptr_t)at + (uintptr_t)*used);
+    *used += up_to_multiple(bytes, FSM_ALIGN);
+    return part;
+}
+#define FSM_TAKE(type, count) ((type *)part_of(at, &used, (ptrdiff_t)sizeof(type) * (count)))
+
 /* Bytes of an element of a floating type. */
 static inline ptrdiff_t float_size(fsm_dtype dtype) {
     return dtype == FSM_F64 ? 8 : dtype == FSM_F32 ? 4 : 2;
@@ -145,7 +155,7 @@ typedef struct {
  * r % queries of head r / queries. */
 typedef struct {
     const struct fsm_products *products; /* NULL: those of the kernels */
-    fsm_dtype dtype, bias_dtype; /* dtype: of q, k, v, out, weights and grad_out */
+    fsm_dtype dtype, bias_dtype;         /* dtype: of q, k, v, out, weights and grad_out */
     fsm_matrix q, k, v, mask, bias, sinks, slopes, out, lse, weights;
     fsm_matrix grad_out, dq, dk, dv, dbias, dsinks; /* backward; all but the first are added to */
     ptrdiff_t heads, queries, keys, depth, v_depth;
@@ -229,6 +239,6 @@ struct fsm_isa {
 };
 
 extern const fsm_isa fsm_isa_scalar, fsm_isa_avx2, fsm_isa_avx512, fsm_isa_amx, fsm_isa_neon;
-extern const fsm_products fsm_amx;
+extern const fsm_products fsm_products_amx; /* isa_amx.c */
 
 #endif

@@ -21,7 +21,6 @@ void fsm_parallel_shares(int threads, ptrdiff_t n, ptrdiff_t grain, int backward
 /* For cutting work. */
 static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t most(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
-static inline ptrdiff_t up_to_multiple(ptrdiff_t a, ptrdiff_t of) { return (a + of - 1) / of * of; }
 
 /* Bytes of the last-level cache; 0 if that is not known. */
 ptrdiff_t fsm_last_cache(void);

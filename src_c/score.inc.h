@@ -36,12 +36,6 @@
 #define sink_of FSM_NAME(sink_of)
 #define end_sum FSM_NAME(end_sum)
 
-/* Part of the scratch at `at`, of which `used` bytes are taken; `at` may be NULL, to learn the size. */
-#undef TAKE
-#define TAKE(type, count)                              \
-    (type *)(void *)((uintptr_t)at + (uintptr_t)used); \
-    used += ((ptrdiff_t)sizeof(type) * (count) + FSM_ALIGN - 1) / FSM_ALIGN * FSM_ALIGN
-
 /* ---- the score ---- */
 
 typedef struct {

@@ -922,7 +922,7 @@ static const struct {
     GROUP(underflow),    GROUP(holes),    GROUP(equal_rows),   GROUP(odds_and_ends)};
 
 int main(int argc, char **argv) {
-    choose_isas(argc, argv);
+    choose_isas(argc, argv, "amx");
     for (int g = 0; g < COUNT(groups); g++) {
         const long good = passed, bad = failed;
         const time_t start = time(NULL);

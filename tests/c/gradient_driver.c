@@ -410,7 +410,7 @@ static void cross_entropy(void) {
 int main(int argc, char **argv) {
     static void (*const groups[])(void) = {attention, cross_entropy};
     static const char *const names[] = {"attention", "cross_entropy"};
-    choose_isas(argc, argv);
+    choose_isas(argc, argv, "amx");
     for (int g = 0; g < COUNT(groups); g++) {
         const long good = passed, bad = failed;
         const time_t start = time(NULL);

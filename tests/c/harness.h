@@ -190,12 +190,14 @@ static int tell(int ok) { /* whether to say more: of the first failures, enough 
     return !ok && failed <= 20;
 }
 
-static void choose_isas(int argc, char **argv) {
+/* Those that are named, or all; but `like` only if it is named, for to this driver it is what the next one
+ * is. */
+static void choose_isas(int argc, char **argv, const char *like) {
     setvbuf(stdout, NULL, _IOLBF, 0); /* a failure is told even if the next test crashes */
     fsm_openmp_limit(); /* LLVM's OpenMP raises a floating-point flag when it is first asked */
     for (int i = 0; fsm_isa_at(i); i++) {
-        int chosen = argc == 1;
         scalar = fsm_isa_at(i); /* the last one */
+        int chosen = argc == 1 && strcmp(like, fsm_isa_name(scalar));
         for (int k = 1; k < argc; k++) chosen |= strcmp(argv[k], fsm_isa_name(scalar)) == 0;
         if (chosen) isas[isa_count++] = scalar;
     }

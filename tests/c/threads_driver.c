@@ -161,7 +161,7 @@ static void *caller(void *number) {
 }
 
 int main(int argc, char **argv) {
-    choose_isas(argc, argv);
+    choose_isas(argc, argv, "amx");
     for (int i = 0; i < ELEMENTS; i++) {
         input[i] = (float)(mix((uint64_t)i) >> 40) * 0x1p-22f;
         weights[i] = (float)(mix((uint64_t)i + ELEMENTS) >> 40) * 0x1p-24f;
