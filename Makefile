@@ -75,6 +75,7 @@ FLAGS_isa_avx2 = -mavx2 -mfma -mf16c
 FLAGS_isa_avx512 = $(FLAGS_isa_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 FLAGS_isa_amx = $(FLAGS_isa_avx512) -mamx-tile -mamx-bf16
 FLAGS_isa_avx512_emulated = $(FLAGS_isa_avx2) -Wno-psabi
+FLAGS_isa_amx_emulated = $(FLAGS_isa_avx512_emulated)
 HAVE_avx2 = -DFSM_HAVE_AVX2
 HAVE_avx512 = -DFSM_HAVE_AVX512
 HAVE_amx = -DFSM_HAVE_AMX
@@ -100,9 +101,9 @@ FLAGS_tsan = -O1 -fsanitize=thread
 ISAS_tsan = $(filter-out avx512 amx,$(ISAS))
 RUN_tsan = OMP_TOOL_LIBRARIES=libarcher.so TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1
 
-# AVX-512 on a CPU that has AVX2 only: SIMDe's headers (Debian: libsimde-dev).
+# AVX-512 and AMX on a CPU that has AVX2 only: SIMDe's headers (Debian: libsimde-dev).
 FLAGS_emulate = -O1 -DONE_IN=3
-ISAS_emulate = scalar avx512_emulated
+ISAS_emulate = scalar avx512_emulated amx_emulated
 
 # NEON on any machine: a cross compiler and QEMU (Debian: gcc-aarch64-linux-gnu, qemu-user). The
 # scalar kernels of this machine, `plain`, then say which bits NEON must give.
@@ -152,8 +153,9 @@ tsan: build/tsan/threads_driver  ## run many callers at once under ThreadSanitiz
 valgrind: $(DRIVERS:%=build/valgrind/%)  ## run part of them under valgrind
 	for driver in $^; do $(RUN_valgrind) $$driver; done
 
-emulate: $(DRIVERS:%=build/emulate/%)  ## run part of them for AVX-512 on a CPU without it
+emulate: $(DRIVERS:%=build/emulate/%)  ## run part of them for AVX-512 and AMX on a CPU without
 	for driver in $^; do $$driver avx512; done
+	build/emulate/attention_driver amx
 
 cross: build/plain/driver $(DRIVERS:%=build/cross/%)  ## run part of them for NEON, under QEMU
 	$(RUN_cross) build/cross/attention_driver neon

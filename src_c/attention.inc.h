@@ -64,7 +64,7 @@ typedef struct {
     row_view view[GROUP];
     ptrdiff_t lo_least, lo_most, hi_least, hi_most; /* of the rows */
     real max[GROUP], sum[GROUP], slope[GROUP], alpha[GROUP];
-    real *q, *o; /* [depth][GROUP], [v_depth][GROUP] */
+    real *q, *o; /* [depth][GROUP], [v_depth][GROUP]; o: up to whole tiles of fsm_products */
 } group_state;
 
 /* What the groups share at a block of keys. k and v are fetched when the first group needs them. */

@@ -79,7 +79,7 @@ static ptrdiff_t gradient_layout(char *at, ptrdiff_t depth, ptrdiff_t v_depth, g
     s->dv = FSM_TAKE(real, KEYS * s->v_width);
     for (int i = 0; i < FSM_ATTEND_GROUPS; i++) {
         real *q = FSM_TAKE(real, depth * GROUP);
-        real *dq = FSM_TAKE(real, widest * GROUP);
+        real *dq = FSM_TAKE(real, up_to_multiple(widest, FSM_LANE_QUANTUM) * GROUP);
         real *grad = FSM_TAKE(real, v_depth * GROUP);
         /* a vector more: the last one of a row is read whole */
         real *q_rows = FSM_TAKE(real, depth * GROUP + VL);

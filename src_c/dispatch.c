@@ -68,7 +68,8 @@ const fsm_isa *fsm_isa_at(int i) {
 #ifdef FSM_HAVE_AMX
     if (level >= 3) list[count++] = &fsm_isa_amx;
 #endif
-#ifdef FSM_EMULATED_AVX512 /* tests/c/isa_avx512_emulated.c */
+#ifdef FSM_EMULATED_AVX512 /* tests/c/avx512_emulated.h */
+    list[count++] = &fsm_isa_amx;
     list[count++] = &fsm_isa_avx512;
 #elif defined(FSM_HAVE_AVX512)
     if (level >= 2) list[count++] = &fsm_isa_avx512;

@@ -4,6 +4,6 @@
 #define FSM_ISA avx512
 #include "isa.inc.h"
 
-#ifdef FSM_HAVE_AMX
+#if defined(FSM_HAVE_AMX) || defined(FSM_EMULATED_AVX512)
 const fsm_isa fsm_isa_amx = {"amx", &f32_kernels, &f64_kernels, &fsm_products_amx};
 #endif

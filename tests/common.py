@@ -17,7 +17,7 @@ from fastsoftmax import _core, reference
 
 # --- instruction sets and dtypes ------------------------------------------------------------------
 
-KNOWN_ISAS = ("scalar", "avx2", "avx512", "neon")
+KNOWN_ISAS = ("scalar", "avx2", "avx512", "amx", "neon")
 ISAS = tuple(fs.available_isas())
 use_isa = _core._use_isa
 

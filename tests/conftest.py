@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import ISAS, KNOWN_ISAS, use_isa
+from common import BF16, ISAS, KNOWN_ISAS, use_isa
 from hypothesis import HealthCheck, settings
 
 import fastsoftmax
@@ -41,7 +41,19 @@ def pytest_report_header(config):
 def pytest_generate_tests(metafunc):
     # Last, so that the ISA varies fastest: an oracle computed once (lru_cache) serves every ISA.
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", ISAS, indirect=True)
+        # amx is avx512 in all but the products of attention.
+        apart = any(name in metafunc.definition.nodeid for name in ("attention", "fuzz"))
+        isas = [isa for isa in ISAS if isa != "amx" or apart]
+        metafunc.parametrize("isa", isas, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """And of these only in those of bfloat16."""
+    parameters = [getattr(item, "callspec", None) for item in items]
+    parameters = [spec.params if spec else {} for spec in parameters]
+    same = [p.get("isa") == "amx" and p.get("dtype", BF16) != BF16 for p in parameters]
+    config.hook.pytest_deselected(items=[i for i, s in zip(items, same, strict=True) if s])
+    items[:] = [i for i, s in zip(items, same, strict=True) if not s]
 
 
 @pytest.fixture

@@ -442,7 +442,7 @@ def test_many_keys(isa, record_max):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
 def test_halves_are_the_float32_result_rounded(isa, dtype):
-    """To within an ulp, with all options; the float32 lse itself."""
+    """To within an ulp, with all options; the float32 lse itself. AMX's weights have 16 bits."""
     for queries in (1, 53):
         size = SIZE._replace(queries=queries)
         qkv = size.qkv(dtype)
@@ -452,8 +452,9 @@ def test_halves_are_the_float32_result_rounded(isa, dtype):
             options = {n: some_option(n, r, size) for n in ATTENTION_OPTIONS if r.random() < 0.4}
             want = fs.attention(*wide, **options, return_lse=True, return_weights=True)
             got = fs.attention(*qkv, **options, return_lse=True, return_weights=True)
-            for g, w in ((got[0], want[0]), (got[2], want[2])):
-                allowed = one_ulp(w.astype(F64), dtype)
+            off = 2.0**-17 * Attention(*wide, **options).size if isa == "amx" else 0
+            for g, w, more in ((got[0], want[0], off), (got[2], want[2], 0)):
+                allowed = one_ulp(w.astype(F64), dtype) + more
                 assert (relative_to(allowed, g, w.astype(dtype).astype(F64)) <= 1).all(), options
             bound = 1e-5 * np.maximum(1, np.abs(want[1].astype(F64)))
             assert (relative_to(bound, got[1], want[1].astype(F64)) <= 1).all(), options
