@@ -9,7 +9,7 @@ C_FILES = $(wildcard src_c/*.[ch] tests/c/*.[ch])
 EXAMPLES = $(wildcard examples/*/*/*.c)
 
 .PHONY: help build test full long fuzz mutate coverage lint format docs plots asm wheel sanitize half tsan \
-	valgrind emulate cross clean
+	valgrind emulate emulate-amx cross clean
 .DEFAULT_GOAL = help
 SHELL = /bin/bash
 .SHELLFLAGS = -e -o pipefail -c
@@ -153,9 +153,11 @@ tsan: build/tsan/threads_driver  ## run many callers at once under ThreadSanitiz
 valgrind: $(DRIVERS:%=build/valgrind/%)  ## run part of them under valgrind
 	for driver in $^; do $(RUN_valgrind) $$driver; done
 
-emulate: $(DRIVERS:%=build/emulate/%)  ## run part of them for AVX-512 and AMX on a CPU without
-	for driver in $^; do $$driver avx512; done
-	build/emulate/attention_driver amx
+emulate: $(DRIVERS:%=build/emulate/%) emulate-amx  ## run part of them for AVX-512 and AMX on a CPU without
+	for driver in $(filter build/%,$^); do $$driver avx512; done
+
+emulate-amx: build/emulate/attention_driver
+	$< amx
 
 cross: build/plain/driver $(DRIVERS:%=build/cross/%)  ## run part of them for NEON, under QEMU
 	$(RUN_cross) build/cross/attention_driver neon
