@@ -110,6 +110,8 @@ cdef _smooth_gradients(dx, places, weight, every):
     at = np.maximum(places, 0)[..., None]
     more = (every * (n if weight is None else weight.sum()))[..., None]
     np.put_along_axis(dx, at, np.take_along_axis(dx, at, -1) + more, -1)
+    if not np.isfinite(every).all():  # inf - inf is a NaN with a sign
+        np.copyto(dx, np.nan, where=np.isnan(dx))
 
 
 cdef _cross_entropy_backward(grad, logits, labels, axis, weight, reduction, ignore_index,

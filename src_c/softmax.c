@@ -35,7 +35,7 @@ enum {
     SLICE = 1 << 23          /* elements done between two looks at the signals: 10 ms or so */
 };
 
-typedef enum { PASS_MAX, PASS_MAX2, PASS_SUM, PASS_MAP, PASS_END } pass_id;
+typedef enum { PASS_MAX, PASS_MAX2, PASS_SUM, PASS_MAP, PASS_FILL, PASS_END } pass_id;
 
 typedef struct {
     ptrdiff_t size, stride[FSM_OPERAND_COUNT];
@@ -416,8 +416,46 @@ static fsm_tile tile_of(const fsm_plan *p, const unit_place *at, ptrdiff_t begin
     return t;
 }
 
+static double max_of(const fsm_plan *p, const fsm_state *st, int lane) {
+    return p->compute == FSM_F64 ? st->max.f64[lane] : (double)st->max.f32[lane];
+}
+static int is_special(const fsm_plan *p, const fsm_state *st, int lane) {
+    return max_of(p, st, lane) - max_of(p, st, lane) != 0;
+}
+
+/* The label of a row of a unit; below 0: the row is ignored. */
+static ptrdiff_t label_of(const fsm_plan *p, const unit_place *at, int lane) {
+    int64_t label;
+    memcpy(&label, at->at[FSM_LABEL] + lane * lane_step(p, FSM_LABEL), sizeof label);
+    return (ptrdiff_t)label;
+}
+
+/* Rows without a finite maximum: NaN where they take part, elsewhere 0 (log_softmax: -inf). Rows that are
+ * ignored: 0. */
+static void fill_piece(const fsm_plan *p, unit_place at, const fsm_state *st, ptrdiff_t begin,
+                       ptrdiff_t end, char *scratch) {
+    const double excluded = p->op == FSM_LOG_SOFTMAX ? -INFINITY : 0;
+    for (int l = 0; l < at.rows; l++) {
+        const int ignored = p->labels && label_of(p, &at, 0) < 0;
+        if (ignored || is_special(p, st, l))
+            for (ptrdiff_t i = begin, k; i < end; i += k) {
+                const fsm_run run = run_at(p, &at, FSM_X, i, axis_step, 1);
+                k = least(even_run(p, i), least(end - i, p->scratch_elements));
+                if (ignored) memset(scratch, 0, (size_t)(k * p->real_size));
+                else p->kernels->load_special(scratch, &run, k, excluded);
+                p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, i),
+                                  axis_step(p, FSM_OUT), p->dtype[FSM_OUT], scratch, k);
+            }
+        if (l + 1 < at.rows) advance(p, &at, 1);
+    }
+}
+
 static void do_pass(const fsm_plan *p, const unit_place *at, pass_id pass, fsm_state *st,
                     ptrdiff_t begin, ptrdiff_t end, char *scratch, int loaded) {
+    if (pass == PASS_FILL) {
+        fill_piece(p, *at, st, begin, end, scratch);
+        return;
+    }
     fsm_tile t = tile_of(p, at, begin, end, scratch, loaded);
     if (pass == PASS_MAX) p->pass->max(st, &t);
     else if (pass == PASS_MAX2) p->pass->max2(st, &t);
@@ -448,36 +486,8 @@ static pass_id after_pass(const fsm_plan *p, pass_id pass, fsm_state *st) {
         p->pass->finish(st);
         return p->pass->map ? PASS_MAP : PASS_END;
     }
-    return PASS_END;
-}
-
-static double max_of(const fsm_plan *p, const fsm_state *st, int lane) {
-    return p->compute == FSM_F64 ? st->max.f64[lane] : (double)st->max.f32[lane];
-}
-static int is_special(const fsm_plan *p, const fsm_state *st, int lane) {
-    return max_of(p, st, lane) - max_of(p, st, lane) != 0;
-}
-
-/* Rows without a finite maximum: NaN where they take part, elsewhere 0 (log_softmax: -inf). */
-static void fill_special(const fsm_plan *p, unit_place at, const fsm_state *st, char *scratch) {
-    const double excluded = p->op == FSM_LOG_SOFTMAX ? -INFINITY : 0;
-    for (int l = 0; l < at.rows; l++) {
-        for (ptrdiff_t i = 0, k; i < p->n && is_special(p, st, l); i += k) {
-            const fsm_run run = run_at(p, &at, FSM_X, i, axis_step, 1);
-            k = least(even_run(p, i), p->scratch_elements);
-            p->kernels->load_special(scratch, &run, k, excluded);
-            p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT),
-                              p->dtype[FSM_OUT], scratch, k);
-        }
-        if (l + 1 < at.rows) advance(p, &at, 1);
-    }
-}
-
-/* The label of a row of a unit; below 0: the row is ignored. */
-static ptrdiff_t label_of(const fsm_plan *p, const unit_place *at, int lane) {
-    int64_t label;
-    memcpy(&label, at->at[FSM_LABEL] + lane * lane_step(p, FSM_LABEL), sizeof label);
-    return (ptrdiff_t)label;
+    const int fills = p->labels || (!is_backward(p->op) && st->special);
+    return pass == PASS_MAP && fills ? PASS_FILL : PASS_END;
 }
 
 /* What a state of cross entropy begins with; before anything is written, for that may be over x. */
@@ -497,25 +507,22 @@ static void begin_labels(const fsm_plan *p, const unit_place *at, fsm_state *st)
     if (grad.x) p->kernels->load(&st->grad, &grad, at->rows);
 }
 
-/* The gradients at the labels, and the results of the rows that are ignored. */
-static void end_labels(const fsm_plan *p, unit_place at, const fsm_state *st, char *scratch) {
-    const ptrdiff_t n = p->pass->map ? p->n : 1;
+/* The gradients at the labels, or the losses of the rows that are ignored. */
+static void end_labels(const fsm_plan *p, unit_place at, const fsm_state *st) {
+    static const double zero = 0;
     for (int l = 0; l < at.rows; l++) {
         const ptrdiff_t label = label_of(p, &at, 0);
-        if (label >= 0 && p->pass->map && !is_special(p, st, l))
-            p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, label), 0, p->dtype[FSM_OUT],
-                              (const char *)&st->label + l * p->real_size, 1);
-        for (ptrdiff_t i = 0, k; label < 0 && i < n; i += k) {
-            k = least(even_run(p, i), least(n - i, p->scratch_elements));
-            memset(scratch, 0, (size_t)(k * p->real_size));
-            p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, i), axis_step(p, FSM_OUT),
-                              p->dtype[FSM_OUT], scratch, k);
-        }
+        const int gradient = p->pass->map && label >= 0 && !is_special(p, st, l);
+        if (gradient || (!p->pass->map && label < 0))
+            p->kernels->store(
+                at.at[FSM_OUT] + (gradient ? axis_offset(p, FSM_OUT, label) : 0), 0,
+                p->dtype[FSM_OUT],
+                gradient ? (const char *)&st->label + l * p->real_size : (const char *)&zero, 1);
         if (l + 1 < at.rows) advance(p, &at, 1);
     }
 }
 
-static void end_unit(const fsm_plan *p, const unit_place *at, const fsm_state *st, char *scratch) {
+static void end_unit(const fsm_plan *p, const unit_place *at, const fsm_state *st) {
     if (!p->pass->map) {
         const fsm_dtype dtype = p->dtype[FSM_OUT];
         p->kernels->store(at->at[FSM_OUT], p->lanes > 1 ? lane_step(p, FSM_OUT) : 0, dtype,
@@ -523,8 +530,8 @@ static void end_unit(const fsm_plan *p, const unit_place *at, const fsm_state *s
         if (at->at[FSM_SIGN])
             p->kernels->store(at->at[FSM_SIGN], p->lanes > 1 ? lane_step(p, FSM_SIGN) : 0, dtype,
                               &st->value[1], at->rows);
-    } else if (!is_backward(p->op) && st->special) fill_special(p, *at, st, scratch);
-    if (p->labels) end_labels(p, *at, st, scratch);
+    }
+    if (p->labels) end_labels(p, *at, st);
 }
 
 /* ---- the four ways ---- */
@@ -578,7 +585,7 @@ static void mend_special(const fsm_plan *p, unit_place at, ptrdiff_t rows, char 
     for (ptrdiff_t r = 0; r < rows; r++, advance(p, &at, 1)) {
         const fsm_run first = {.x = at.at[FSM_OUT], .x_dtype = p->dtype[FSM_OUT]};
         p->kernels->load(&st.max, &first, 1); /* not a maximum, but NaN if that is special */
-        if (max_of(p, &st, 0) != max_of(p, &st, 0)) fill_special(p, at, &st, scratch);
+        if (max_of(p, &st, 0) != max_of(p, &st, 0)) fill_piece(p, at, &st, 0, p->n, scratch);
     }
 }
 
@@ -654,7 +661,7 @@ static void whole_units(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
             for (ptrdiff_t c = 0; c < p->chunks; c++)
                 do_pass(p, &at, pass, &st, c * p->chunk, least((c + 1) * p->chunk, p->n), scratch,
                         p->resident && pass != PASS_MAX);
-        end_unit(p, &at, &st, scratch);
+        end_unit(p, &at, &st);
     }
 }
 
@@ -689,7 +696,7 @@ static void run_wide(fsm_plan *p) {
     const int back = p->pass_at == PASS_SUM;
     p->first_chunk = back ? p->chunks - p->next_chunk - count : p->next_chunk;
     fsm_parallel_shares(p->threads, count, 1, back, wide_chunks, p);
-    for (int t = 0; t < p->threads && p->pass_at != PASS_MAP; t++)
+    for (int t = 0; t < p->threads && p->pass_at < PASS_MAP; t++)
         p->kernels->merge(st, &p->states[1 + t]);
     p->next_chunk += count;
     if (p->next_chunk == p->chunks) {
@@ -697,7 +704,7 @@ static void run_wide(fsm_plan *p) {
         p->pass_at = after_pass(p, p->pass_at, st);
     }
     if (p->pass_at == PASS_END) {
-        end_unit(p, &p->place, st, scratch_of(p, 0));
+        end_unit(p, &p->place, st);
         p->pass_at = PASS_MAX;
         p->unit++;
     }

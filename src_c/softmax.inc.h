@@ -801,8 +801,21 @@ static void map_e(const fsm_state *st, const fsm_tile *t, int far) {
 
 static void map_softmax(const fsm_state *st, const fsm_tile *t) { map_e(st, t, !st->normal); }
 
-/* Of e (a + b), which may be negative or large: they are g / sum (loss.inc.h). */
-static void map_loss(const fsm_state *st, const fsm_tile *t) { map_e(st, t, 0); }
+/* Of e (a + b), which may be negative or large: they are g / sum (loss.inc.h). 0 times an infinite one is
+ * a NaN with a sign. */
+static void map_loss(const fsm_state *st, const fsm_tile *t) {
+    const ptrdiff_t n = t->n * st->lanes;
+    int odd = 0;
+    map_e(st, t, 0);
+    for (int l = 0; l < st->lanes; l++) odd |= is_special(LANE(st->value[0])[l]);
+#define CANON(DTYPE)                                                                     \
+    for (ptrdiff_t i = 0; odd && i < n; i += VL) {                                       \
+        const ptrdiff_t k = n - i < VL ? n - i : VL;                                     \
+        store_as(DTYPE, t->out, i, k, v_canon(load_as(DTYPE, t->out, i, k, v_set1(0)))); \
+    }
+    SWITCH_DTYPE(t->out_dtype, CANON);
+#undef CANON
+}
 
 static void map_log_softmax(const fsm_state *st, const fsm_tile *t) {
     if (st->lanes == 1)

@@ -247,6 +247,26 @@ def test_special(isa, dtype, shape):
     assert_canonical_nan(fs.cross_entropy_backward(np.nan, x[6:], labels[6:]))
 
 
+@pytest.mark.parametrize("shape", [(40, 7), (3, 100), (2, 5000)], ids=str)
+@every_dtype
+def test_infinite_gradients(isa, dtype, shape):
+    """Of the loss. Where exp is 0 they become NaN, the one that we have; rows are of their own."""
+    x = np.zeros(shape, dtype)
+    x[:, 1] = -1000
+    grad, labels = np.ones(shape[0]), np.zeros(shape[0], int)
+    for smoothing in (0, 0.1):
+        options = {"reduction": "none", "label_smoothing": smoothing}
+        want = fs.cross_entropy_backward(grad, x, labels, **options)
+        for grad[1] in (np.inf, -np.inf, np.nan):
+            got = fs.cross_entropy_backward(grad, x, labels, **options)
+            assert_canonical_nan(got[1, [1]])
+            odd = np.isnan(got[1].astype(np.float64))
+            assert_canonical_nan(got[1, odd])
+            assert np.isinf(got[1, ~odd].astype(np.float64)).all()
+            for rows in (slice(1), slice(2, None)):
+                assert_same_bits(got[rows], want[rows])
+
+
 def test_smoothing_of_special_values(isa):
     """As in PyTorch: an excluded class costs infinitely much, or NaN if its weight is 0."""
     x = np.array([[1, 2, -np.inf], [-np.inf, 1, 2], [0, np.nan, 1], [np.inf, 0, 0], [0, 1, 2]], F32)
