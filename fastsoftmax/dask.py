@@ -171,7 +171,8 @@ def attention(
 
     Notes
     -----
-    With K in one chunk the bits are those of one call. Else the parts are calculated and merged in
+    With K in one chunk the bits are those of one call, but for chunks of a single query, which is
+    calculated in another order. Else the parts are calculated and merged in
     the type of the calculation, float32 or float64, and rounded once; besides the bound of
     :func:`fastsoftmax.attention`, the error is at most ``n * 2**-22 * max(1, abs(lse)) *
     max(abs(v))`` (float64: ``n * 2**-51``) for n levels of the tree of merges.

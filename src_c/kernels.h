@@ -11,7 +11,8 @@
  *
  * A state has lanes. lanes == 1: one row, its elements contiguous in the tile, vectors run along
  * the row. lanes > 1: that many rows side by side, element i of row l at [i * lanes + l], vectors
- * run across the rows. lanes is then a multiple of FSM_LANE_QUANTUM (columns.inc.h: of VL). */
+ * run across the rows. lanes is then a multiple of FSM_LANE_QUANTUM (columns.inc.h and
+ * rows.inc.h: of VL). */
 #ifndef FSM_KERNELS_H
 #define FSM_KERNELS_H
 
@@ -37,6 +38,8 @@ static inline int row_lag(ptrdiff_t n) { return n <= FSM_LAG_MOST ? 3 : 1; }
 static inline int exps_kept(ptrdiff_t n, int nontemporal) {
     return 1 + row_lag(n) / 2 + (nontemporal && n <= FSM_ASK_MOST);
 }
+
+_Static_assert(FSM_LANES *FSM_SHORT_ROW <= 2 * FSM_BLOCK, "short rows, all lanes of them, fit");
 
 /* Elements of z (fsm_fuse): of as many rows as any kernel has at work at a time. Of rows of up to 32
  * vectors these are two blocks, or as many as a vector has elements (rows_middle). */

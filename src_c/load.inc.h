@@ -6,6 +6,7 @@
 #define store_as FSM_NAME(store_as)
 #define put FSM_NAME(put)
 #define widen FSM_NAME(widen)
+#define widen_f16 FSM_NAME(widen_f16)
 #define load_run FSM_NAME(load_run)
 #define special_run FSM_NAME(special_run)
 #define store_run FSM_NAME(store_run)
@@ -95,21 +96,23 @@ FSM_INLINE void put(void *to, ptrdiff_t i, real a) {
         } else WIDEN_LOOP(TYPE, CONVERT)           \
         break;
 
+/* Elements [i, i + k): one conversion for a vector of them. */
+FSM_INLINE void widen_f16(void *to, const char *x, ptrdiff_t stride, ptrdiff_t i, ptrdiff_t k) {
+    uint16_t half[f32_VL] = {0};
+    float lane[f32_VL];
+    if (stride == 2) memcpy(half, x + 2 * i, 2 * (size_t)k);
+    else
+        for (ptrdiff_t l = 0; l < k; l++) memcpy(half + l, x + (i + l) * stride, 2);
+    f32_store(lane, f16_load(half));
+    for (ptrdiff_t l = 0; l < k; l++) put(to, i + l, lane[l]);
+}
+
 static void widen(void *to, const char *x, ptrdiff_t stride, fsm_dtype dtype, ptrdiff_t n) {
     switch ((int)dtype) { /* no enum: to float32 there are no integers */
     case FSM_F16: {
         ptrdiff_t i = 0;
-        if (stride == 2)
-            for (; i + f32_VL <= n; i += f32_VL) {
-                float lane[f32_VL];
-                f32_store(lane, f16_load(x + 2 * i));
-                for (int l = 0; l < f32_VL; l++) put(to, i + l, lane[l]);
-            }
-        for (; i < n; i++) {
-            float lane[f32_VL];
-            f32_store(lane, f16_load_n(x + i * stride, 1, f32_set1(0)));
-            put(to, i, lane[0]);
-        }
+        for (; i + f32_VL <= n; i += f32_VL) widen_f16(to, x, stride, i, f32_VL);
+        widen_f16(to, x, stride, i, n - i);
         break;
     }
         WIDEN(FSM_BF16, uint16_t, bf16_to_f32)

@@ -478,7 +478,7 @@ FSM_INLINE void lane_fold(fsm_exact_sum *sum, int g, const vsum *s, ptrdiff_t ad
     }
 }
 
-/* The same of VL lanes. */
+/* `row_ref` of VL lanes. */
 FSM_INLINE exp_vref lanes_of(const fsm_state *st, int g) {
     return (exp_vref){v_load(LANE(st->exp[0]) + g), v_load(LANE(st->exp[1]) + g),
                       v_load(LANE(st->exp[2]) + g), v_load(LANE(st->exp[3]) + g),
@@ -703,9 +703,7 @@ static void reference_pass(fsm_state *st) {
     const vec zero = v_set1(0), one = v_set1(1);
     vec special = zero, far = zero;
     for (int l = 0; l < st->lanes; l += VL) {
-        const int k = st->lanes - l < VL ? st->lanes - l : VL;
-        const vec m = load_as(REAL_DTYPE, LANE(st->max), l, k, zero),
-                  min = load_as(REAL_DTYPE, LANE(st->min), l, k, zero);
+        const vec m = v_load(LANE(st->max) + l), min = v_load(LANE(st->min) + l);
         const exp_vref r = exp_references(v_if_less(v_abs(m), v_set1(INFINITY), m, zero));
         v_store(LANE(st->exp[0]) + l, r.c);
         v_store(LANE(st->exp[1]) + l, r.lo);

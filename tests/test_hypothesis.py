@@ -11,6 +11,8 @@ from common import (
     WIDE,
     assert_canonical_nan,
     compute_type,
+    one_ulp,
+    relative_to,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,9 +21,11 @@ from hypothesis.extra import numpy as hnp
 import fastsoftmax as fs
 from fastsoftmax import reference
 
-# In ulp of the result: crafted rows are allowed 3 (test_accuracy.py). Logarithms in ulp of their
+# In ulp of the result: crafted rows are allowed 3.5 (test_accuracy.py). Logarithms in ulp of their
 # largest term. An oracle that is no wider than float64 errs, too.
 ULP, HALF_ULP, LOG_ULP = (3.0, 0.51, 2.0) if WIDE is np.longdouble else (6.0, 0.51, 4.0)
+
+BACKWARD = 8.0  # half-ulp of the terms: test_accuracy.py
 
 NASTY = (0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, 1e-310, 88.7, -87.3, -103.9, 104.0,
          -745.0, 709.7, 65504.0, 1e30, -1e30, 3.4e38, 1e300, -1e300)  # fmt: skip
@@ -162,6 +166,31 @@ def assert_close_logarithms(got, true, m, dtype):
     assert (np.abs(got - true) <= bound).all()
 
 
+def check_within(got, true, bound, inner):
+    """A bound in the compute type; where that is not the type of the result it is rounded again."""
+    got, true, dtype = np.asarray(got), np.asarray(true), got.dtype
+    if dtype != inner:
+        bound = bound + one_ulp(np.where(np.isfinite(true), true, 0), dtype)
+    beyond = np.isinf(got) & (np.copysign(1, got) * true + bound >= largest(dtype))
+    errors = np.where(beyond, 0, relative_to(bound, got, true))
+    assert np.all(errors <= 1), f"error {np.max(errors)} of the bound"
+
+
+def size_of_gradients(log, grad, y, axis, temperature=None):
+    """What the error of (log_)softmax_backward is measured by: the sum of its terms' sizes."""
+    g, y, r, axes = reference._gradients(grad, y, axis, temperature, WIDE)
+    part = y != (-np.inf if log else 0)
+    w = np.exp(y) if log else y
+    terms = np.where(part, np.abs(g) * (1 if log else w), 0)
+    size = np.abs(g) * (1 if log else w) + w * np.sum(terms, axes, keepdims=True)
+    return r * np.where(part, size, 0)
+
+
+def check_gradients(got, true, size, inner):
+    bound = BACKWARD / 2 * EPSILON[inner] * size + 2 * SMALLEST_SUBNORMAL[got.dtype]
+    check_within(got, true, bound, inner)
+
+
 @given(call=calls(), keepdims=st.booleans())
 def test_logsumexp(isa, call, keepdims):
     x, axis, kwargs = call
@@ -222,6 +251,10 @@ def test_backward(isa, call, data):
             nan = np.isnan(true)
             assert np.isnan(got[nan]).all()
             assert_canonical_nan(got[np.isnan(got)])
+            with np.errstate(all="ignore"):
+                log = forward is fs.log_softmax
+                size = np.atleast_1d(size_of_gradients(log, grad, y, axis, temperature))
+                check_gradients(got[~nan], true[~nan], size[~nan], compute_type(x.dtype))
 
 
 @given(call=calls(), data=st.data())

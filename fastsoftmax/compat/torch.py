@@ -20,6 +20,7 @@ What differs from PyTorch:
   PyTorch mostly raises RuntimeError.
 """
 
+import re
 from operator import index
 
 import numpy as np
@@ -179,10 +180,17 @@ def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1, *, rng=None):
         raise TypeError(f"tau must be a number, got {tau!r:.40}") from error
     if not 0 < tau < np.inf:
         raise ValueError(f"tau must be finite and > 0, got {tau}")
-    noise = np.random.default_rng(rng).gumbel(size=logits.shape)
+    try:
+        generator = np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"rng must be None, a seed or a numpy.random.Generator, got {rng!r:.40}"
+        ) from error
+    noise = generator.gumbel(size=logits.shape)
     with np.errstate(all="ignore"):  # softmax refuses a tau whose reciprocal overflows
         noise = noise / tau
-    y = _core.softmax(logits, _index(dim), bias=noise, temperature=tau)
+    names = {"temperature": "tau", "x": "logits"}
+    y = _renamed(names, _core.softmax, logits, _index(dim), bias=noise, temperature=tau)
     if not _core._as_flag(hard, "hard") or y.ndim == 0 or y.size == 0:
         return y
     one_hot = np.zeros_like(y)
@@ -243,8 +251,9 @@ def cross_entropy(
         raise NotImplementedError("target must hold classes; probabilities are not supported")
     input = _array(input)
     axis = 0 if input.ndim == 1 else 1
-    return _core.cross_entropy(
-        input, target, axis, weight=weight, reduction=reduction, ignore_index=ignore_index,
+    return _renamed(
+        {"logits": "input", "labels": "target"}, _core.cross_entropy, input, target, axis,
+        weight=weight, reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )  # fmt: skip
 
@@ -277,8 +286,8 @@ def scaled_dot_product_attention(
     scale : float, optional
         Multiplies the products of query and key. Default: 1 / sqrt(E).
     enable_gqa : bool, default False
-        The number of heads of key and value may be any divisor of that of query; head h attends to
-        head h // (H // G) of the G heads.
+        The number of heads of key and value, the same for both, may be any divisor of that of
+        query; head h attends to head h // (H // G) of the G heads.
 
     Returns
     -------
@@ -327,7 +336,20 @@ def scaled_dot_product_attention(
         if mask.dtype.kind in "iu":
             raise TypeError(f"attn_mask must be of bool or floats, got {mask.dtype}")
         scores["mask" if mask.dtype == bool else "bias"] = mask
-    return _core.attention(q, k, v, **scores, is_causal=is_causal, scale=scale)
+    names = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask", "bias": "attn_mask"}
+    return _renamed(names, _core.attention, q, k, v, **scores, is_causal=is_causal, scale=scale)
+
+
+def _renamed(names, function, *arguments, **options):
+    """Call a function of ours; in its errors arguments have the names that the caller gave them."""
+    try:
+        return function(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):  # AxisError names none
+            raise
+        words = r"\b(" + "|".join(names) + r")\b"
+        message = re.sub(words, lambda word: names[word[0]], str(error))
+        raise type(error)(message) from None
 
 
 def _array(input):
