@@ -141,6 +141,7 @@ typedef struct {
     /* Where exp goes if out has another type, or is not to be read (nontemporal): exps_kept
      * rows of the compute type. May be NULL but for the latter, and exp is computed twice. */
     void *scratch;
+    int from_memory; /* there are more of them than a last-level cache holds */
     /* The results are to go past the caches; they have the compute type, and its alignment. */
     int nontemporal;
     const fsm_fuse *fuse; /* NULL: nothing is */

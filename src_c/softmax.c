@@ -30,7 +30,7 @@ enum {
     FUSED_BYTES = 1 << 15,   /* of what is added to rows: as much as the nearest cache */
     FUSED_MOST = 1 << 14,    /* elements of a fused row */
     CACHE_LEAST = 1 << 25,   /* x and out of fewer bytes stay in the caches */
-    CACHE_MOST = 1 << 27,    /* of more they do not, though a server says so (fills_the_caches) */
+    CACHE_MOST = 1 << 26,    /* of more they do not, though a server says so (fills_the_caches) */
     DIRECT_MOST = 1 << 18,   /* elements of a direct row; a longer one is worth being dealt */
     SLICE = 1 << 23          /* elements done between two looks at the signals: 10 ms or so */
 };
@@ -136,18 +136,23 @@ static int is_native(const fsm_plan *p, fsm_dtype dtype) {
                                  : dtype == FSM_F16 || dtype == FSM_BF16 || dtype == FSM_F32;
 }
 
+static double bytes_of(const fsm_plan *p) {
+    const double size = (double)(itemsize(p->dtype[FSM_X]) + itemsize(p->dtype[FSM_OUT]));
+    return (double)p->rows * (double)p->n * size;
+}
+
 /* Whether there are so many results that they had better go past the caches: what is read next, and
  * not what was written, is then found there. Not in place, where each line is in a cache anyway. It
- * pays from 32 MB of x and out on a Zen 5 that says 32 (4096 x 1024: 429 us, else 707), from 128 on a
- * Xeon that says 480 (8192 x 1024: 2056 us, else 1611; 16384 x 1024: 4068, else 4485). */
+ * pays from 32 MB of x and out on a Zen 5 that says 32 (4096 x 1024: 429 us, else 707). Servers say
+ * what all their cores have together. From 64 MB on: on a Xeon that says 300 8192 x 1024 took 3.6 ms of
+ * one thread, else 6.0 to 6.7, of two 2.2, else 2.1; on one that says 480 of two 2.1, else 1.6, and
+ * 16384 x 1024 4.1, else 4.5. */
 static int fills_the_caches(const fsm_plan *p) {
-    const double size = (double)(itemsize(p->dtype[FSM_X]) + itemsize(p->dtype[FSM_OUT]));
     ptrdiff_t bits = (ptrdiff_t)(uintptr_t)p->data[FSM_OUT]; /* of all addresses of rows */
     for (int d = 0; d < p->row_ndim; d++) bits |= p->row[d].stride[FSM_OUT];
-    const double bytes = (double)p->rows * (double)p->n * size;
     return p->pass->map && p->dtype[FSM_OUT] == p->compute && bits % p->real_size == 0 &&
-           p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_SHORT_ROW && bytes >= CACHE_LEAST &&
-           bytes >= (double)least(CACHE_MOST, fsm_last_cache());
+           p->data[FSM_X] != p->data[FSM_OUT] && p->n > FSM_SHORT_ROW &&
+           bytes_of(p) >= (double)most(CACHE_LEAST, least(CACHE_MOST, fsm_last_cache()));
 }
 
 /* Units of a row, or of groups of `lanes` rows along the innermost dimension. */
@@ -553,6 +558,7 @@ static void direct_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
                                .x_dtype = p->dtype[FSM_X],
                                .out_dtype = p->dtype[FSM_OUT],
                                .scratch = scratch_of(p, thread),
+                               .from_memory = bytes_of(p) >= CACHE_LEAST,
                                .nontemporal = p->nontemporal};
         p->kernels->rows(p->op, &rows);
     }
@@ -621,6 +627,7 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
                                  .x_dtype = p->dtype[FSM_X],
                                  .out_dtype = p->dtype[FSM_OUT],
                                  .scratch = e,
+                                 .from_memory = bytes_of(p) >= CACHE_LEAST,
                                  .nontemporal = p->nontemporal,
                                  .fuse = &fuse};
             const int hiding = p->data[FSM_BIAS] || p->data[FSM_WHERE];
