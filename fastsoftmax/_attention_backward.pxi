@@ -126,7 +126,7 @@ def attention_backward(grad_out, q, k, v, out, lse, /, *, mask=None, bias=None, 
     the scores (and of bias) is ``p * (grad_out @ v.T - delta)``. Calculated in float32 for all
     types but float64. Memory besides the results: some blocks for each thread, and for float16 and
     bfloat16 the results once in float32; dbias is added up in float64.
-    ``reference.attention_backward_bound`` has the bound of the error.
+    ``reference_gradients.attention_backward_bound`` has the bound of the error.
 
     The bits do not depend on the number of threads.
 

@@ -541,7 +541,7 @@ def softmax(x, /, axis=-1, *, bias=None, where=None, temperature=None, dtype=Non
 
     Notes
     -----
-    Largest error: 2 ulp of the exact softmax of z on common distributions and 3 on any row for
+    Largest error: 2 ulp of the exact softmax of z on common distributions and 3.5 on any row for
     float32 and float64, 0.51 ulp for float16 and bfloat16. z is rounded once to the type of the
     calculation, as by a fused multiply-add, and so is bias before: -1e39 is -inf in float32.
 

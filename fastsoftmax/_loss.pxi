@@ -261,9 +261,9 @@ def cross_entropy_backward(grad, logits, labels, /, axis=-1, *, weight=None, red
 
     Notes
     -----
-    Largest error in float32: 3 ulp, at the label, too, where ``p - 1`` does not cancel, but for
+    Largest error in float32: 4 ulp, at the label, too, where ``p - 1`` does not cancel, but for
     ``abs(grad) * n * 2**-45`` there, of n classes; one more for the rounding of the row's
-    ``grad / n``; with label_smoothing 3 of the larger of that and the result, and float16 and
+    ``grad / n``; with label_smoothing 4 of the larger of that and the result, and float16 and
     bfloat16 results are kept once in float32.
 
     Examples
