@@ -242,8 +242,9 @@ def main(argv=None):
     command = add("demo", demo, about)
     about = "q, k, v (B, H, L, D), key_mask (B, L) and the true out (B, H, L, D)"
     command.add_argument("file", nargs="?", type=Path, metavar="FILE.npz", help=about)
-    add("info", info, "version, CPU, ISAs and threads")
-    add("selftest", selftest, "check every ISA of this CPU against the oracle; takes some seconds")
+    add("info", info, "version, CPU, instruction sets (ISAs) and threads")
+    about = "check every instruction set (ISA) of this CPU against a slow, exact reference: seconds"
+    add("selftest", selftest, about)
     command = add("bench", bench.run, "compare speed or accuracy with other libraries")
     bench.add_arguments(command)
     command = add("apply", apply.run, "softmax of an array in a file, of any size, into another")

@@ -35,7 +35,8 @@ def add_arguments(command):
     command.add_argument("source", type=Path, metavar="IN.npy", help="the logits")
     command.add_argument("target", type=Path, metavar="OUT.npy", help="replaced if it exists")
     command.add_argument("--axis", type=int, default=-1, help="default: the last")
-    about = "float16, bfloat16, float32 or float64; default: that of IN, float64 for integers"
+    about = "float16, float32, float64 or bfloat16 (which numpy.load reads as |V2: view it); "
+    about += "default: that of IN, float64 for integers"
     command.add_argument("--dtype", help=about)
     command.add_argument("--temperature", type=float, help="divides the logits")
     command.add_argument("--log", action="store_true", help="log_softmax")

@@ -159,8 +159,8 @@ def add_arguments(parser):
     about = "default: all that are installed, for scaling none"
     add("--peers", nargs="*", choices=PEERS, help=about)
     add("--threads", type=int, default=fs.get_num_threads(), help="of each; default: %(default)s")
-    add("--rounds", type=int, default=3, help="turns that each takes; default: %(default)s")
-    add("--seconds", type=float, default=0.2, help="length of a turn; default: %(default)s")
+    add("--rounds", type=int, default=3, help="how often each is measured; default: %(default)s")
+    add("--seconds", type=float, default=0.2, help="how long, each time; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="save the numbers, too")
     add("--markdown", type=Path, metavar="FILE", help="write them as tables of a document")
     add("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
