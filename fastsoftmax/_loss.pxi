@@ -15,11 +15,7 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if x.ndim == 0:
         raise ValueError("logits must have a dimension of classes, got shape ()")
-    try:
-        axis, ignored = index(axis), index(ignore_index)
-    except TypeError:
-        raise TypeError("axis and ignore_index must be integers, got "
-                        f"{axis!r} and {ignore_index!r}") from None
+    axis, ignored = _as_index(axis, "axis"), _as_index(ignore_index, "ignore_index")
     smoothing = _as_number(label_smoothing, "label_smoothing", np.dtype(np.float64))
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {smoothing}")
@@ -55,6 +51,13 @@ cdef _loss_arguments(fsm_problem *problem, fsm_op op, logits, labels, axis, weig
     _describe(problem, FSM_X, x)
     _describe_reduced(problem, FSM_LABEL, places, False)
     return x, places, compute, weight, rows, total, smoothing
+
+
+cdef _as_index(value, name):
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r:.40}") from None
 
 
 cdef _smoothed(losses, x, axis, places, weight, rows, smoothing):

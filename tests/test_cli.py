@@ -154,7 +154,7 @@ def test_selftest_sees_one_different_bit(capsys, monkeypatch):
 
 # --- bench ----------------------------------------------------------------------------------------
 
-SHORT = ["--peers", "numpy", "--rounds", "1", "--seconds", "0"]
+SHORT = ["--peers", "numpy", "--rounds", "1", "--seconds", "1e-9"]
 TINY = [
     Softmax((8, 5)),
     Softmax((3, 4), axis=0),
@@ -181,6 +181,30 @@ def run_bench(tmp_path, *argv):
     path = tmp_path / "results.json"
     assert cli.main(["bench", *argv, *SHORT, "--json", str(path)]) == 0
     return json.loads(path.read_text())["results"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--rounds", "0", "from 1 to 1024"),
+        ("--rounds", "1.5", "from 1 to 1024"),
+        ("--threads", "1025", "from 1 to 1024"),
+        ("--seconds", "-1", "a finite number > 0"),
+        ("--seconds", "nan", "a finite number > 0"),
+        ("--seconds", "soon", "a finite number > 0"),
+        ("--json", "nowhere/a.json", "in a folder that exists"),
+        ("--markdown", ".", "in a folder that exists"),
+        ("--plot", "nowhere/a.svg", "in a folder that exists"),
+        ("--plot", "a.doc", "end with .png"),
+    ],
+)
+def test_bench_refuses(capsys, option, value, says):
+    """At once, not when all is measured."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", option, value])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert f"argument {option}: must" in error and says in error and repr(value) in error
 
 
 @pytest.mark.parametrize("suite", ["softmax", "attention"])

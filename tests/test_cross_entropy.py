@@ -1,9 +1,9 @@
 """cross_entropy and its gradient against the oracle, and what they refuse.
 
 Bounds of a row's loss and gradient, in ulp of their own value (src_c/loss.inc.h): exp has 1.5
-units of 2^-24, the rest is roundings, so 3 and, at the label of a maximum, as many; 4 with the room
-that log1p and float64's double rounding take. Halves: 0.51 of theirs. What the sum drops is
-relative to the largest exponential: n * 2^-45 (2^-103).
+units of 2^-24, the sum as many, and the last rounding half of one, so 3.5 and, at the label of a
+maximum, as many; 4 with the room that log1p and float64's double rounding take. Halves: 0.51 of
+theirs. What the sum drops is relative to the largest exponential: n * 2^-45 (2^-103).
 """
 
 import functools

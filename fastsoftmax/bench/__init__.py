@@ -5,6 +5,8 @@
 """
 
 import json
+import math
+from argparse import ArgumentTypeError
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -158,12 +160,43 @@ def add_arguments(parser):
     add("suite", nargs="?", choices=COMMANDS, default="softmax", help="default: softmax")
     about = "default: all that are installed, for scaling none"
     add("--peers", nargs="*", choices=PEERS, help=about)
-    add("--threads", type=int, default=fs.get_num_threads(), help="of each; default: %(default)s")
-    add("--rounds", type=int, default=3, help="how often each is measured; default: %(default)s")
-    add("--seconds", type=float, default=0.2, help="how long, each time; default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="save the numbers, too")
-    add("--markdown", type=Path, metavar="FILE", help="write them as tables of a document")
-    add("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
+    about = "of each; default: %(default)s"
+    add("--threads", type=_count, default=fs.get_num_threads(), help=about)
+    add("--rounds", type=_count, default=3, help="how often each is measured; default: %(default)s")
+    add("--seconds", type=_seconds, default=0.2, help="how long, each time; default: %(default)s")
+    add("--json", type=_output, metavar="FILE", help="save the numbers, too")
+    add("--markdown", type=_output, metavar="FILE", help="write them as tables of a document")
+    add("--plot", type=_drawing, metavar="FILE", help="draw them, as .png, .svg or .pdf")
+
+
+def _count(text):
+    if not (text.isdecimal() and 1 <= int(text) <= 1024):
+        raise ArgumentTypeError(f"must be an integer from 1 to 1024, got {text!r}")
+    return int(text)
+
+
+def _seconds(text):
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ArgumentTypeError(f"must be a finite number > 0, got {text!r}")
+    return seconds
+
+
+def _output(text):
+    """Return the path of a file to be written; what would go wrong is said before measuring."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    return path
+
+
+def _drawing(text):
+    if not text.endswith((".png", ".svg", ".pdf")):
+        raise ArgumentTypeError(f"must end with .png, .svg or .pdf, got {text!r}")
+    return _output(text)
 
 
 def run(args):

@@ -137,6 +137,8 @@ def logsumexp(input, dim, keepdim=False):
     array([[1.3863],
            [1.3863]])
     """
+    if dim is None:
+        raise TypeError("dim must be an integer or a sequence of integers, got None")
     axis = tuple(map(_index, dim)) if isinstance(dim, (tuple, list)) else _index(dim)
     return _core.logsumexp(_array(input), axis, keepdims=keepdim)
 
