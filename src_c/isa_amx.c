@@ -85,9 +85,13 @@ static inline __m512i rest_of(__m512i x) {
     return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(upper)));
 }
 
-/* The weights of keys [j, j + DEPTH), of one vector. */
-static void take_weights(const tiles *t, const float *p, ptrdiff_t j, int v) {
+/* The weights of keys [j, j + DEPTH), of one vector. With the first ones the sums that they will be added
+ * to are asked for, which the other groups have driven out of the nearest cache: 6 % of all. */
+static void take_weights(const tiles *t, const float *p, ptrdiff_t j, int v, const float *o) {
+    const ptrdiff_t asked = j == 0 ? t->columns / SIDE : 0;
     for (ptrdiff_t i = j; i < j + DEPTH; i += 2) {
+        for (ptrdiff_t d = i / 2 * asked; d < (i / 2 + 1) * asked; d++)
+            __builtin_prefetch(o + d * GROUP + v * SIDE, 1, 3);
         const __m512i a = rounded(lanes_of(p, i, t->n, v)),
                       b = rounded(lanes_of(p, i + 1, t->n, v));
         const ptrdiff_t at = i / 2 * GROUP + v * SIDE;
@@ -199,11 +203,11 @@ static void scale_sums(float *sums, ptrdiff_t n, f32_vec alpha) {
 }
 
 /* The weights of each step are taken while the tiles do the one before, for they are slow to come and do
- * not wait: 7 % of all. */
+ * not wait: 5 % of all. */
 static int mix(void *state, int vectors, const void *p, const void *alpha, void *o) {
     tiles *t = state;
     if (!t->has_v) take_values(t);
-    take_weights(t, p, 0, 0);
+    take_weights(t, p, 0, 0, o);
     for (int v = 0; v < vectors; v++) {
         float *sums = (float *)o + v * SIDE;
         scale_sums(sums, t->columns, f32_load((const float *)alpha + v * SIDE));
@@ -213,8 +217,8 @@ static int mix(void *state, int vectors, const void *p, const void *alpha, void 
             EACH(count, LOAD);
             for (ptrdiff_t j = 0; j < t->n; j += DEPTH) {
                 const ptrdiff_t at = j / 2 * GROUP + v * SIDE;
-                if (d == 0 && j + DEPTH < t->n) take_weights(t, p, j + DEPTH, v);
-                else if (d == 0 && v + 1 < vectors) take_weights(t, p, 0, v + 1);
+                if (d == 0 && j + DEPTH < t->n) take_weights(t, p, j + DEPTH, v, o);
+                else if (d == 0 && v + 1 < vectors) take_weights(t, p, 0, v + 1, o);
                 multiply(count, t->v + d * KEYS + j, KEYS, t->upper + at, t->lower + at);
             }
             EACH(count, STORE);
