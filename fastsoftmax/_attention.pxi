@@ -336,9 +336,9 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
     ``exp(score - largest) * v``, which are divided in the end, do not overflow that type; bias is
     rounded to it first.
 
-    Where :func:`isa` is "amx", bfloat16 is multiplied in its tiles: its products are exact and their
-    sums float32, but the weights of v have 16 bits, which adds ``2**-17 * sum(w * abs(v))`` to the
-    bound, and subnormal numbers count as 0. ``FASTSOFTMAX_ISA=avx512`` is as above, and slower.
+    Where :func:`isa` is "amx", bfloat16 is multiplied in its tiles: the products are exact, their
+    sums are float32, but the weights of v have 16 bits, which adds ``2**-17 * sum(w * abs(v))`` to
+    the bound, and subnormal numbers count as 0. ``FASTSOFTMAX_ISA=avx512`` is as above, and slower.
 
     The bits of a query's result do not depend on threads, batch, heads, strides, or the other
     queries, except that a single query (Q = 1) is calculated in another order: both results are

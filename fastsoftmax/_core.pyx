@@ -229,7 +229,8 @@ cdef _result_dtype(natural, dtype, out):
         try:
             dtype = np.dtype(dtype)
         except Exception:  # of text that is no dtype NumPy may make any, a SyntaxError, too
-            hint = ": import ml_dtypes first" if isinstance(dtype, str) and dtype == "bfloat16" else ""
+            named = isinstance(dtype, str) and dtype == "bfloat16"
+            hint = ": import ml_dtypes first" if named else ""
             raise TypeError(f"dtype must be {_FLOATS}, got {dtype!r}{hint}") from None
         _float_code(dtype, "dtype")
         if out is not None and out.dtype != dtype:
