@@ -2,6 +2,7 @@
 
     python tests/mutate.py                    # 150 mutants: make mutate
     python tests/mutate.py --mutants 20 --seed 7 --files score.inc.h decode.inc.h
+    python tests/mutate.py --isa amx --files isa_amx.c  # on a CPU that has it
 
 A mutant is one comparison, sign, constant, length of a tail or vector operation changed for
 another, in a copy of the sources. The object that it is in is compiled anew, for one ISA, and
@@ -40,16 +41,16 @@ FUZZ_CALLS = 2000
 # A test, and the files whose mutants it may notice. The drivers hold the kernels of softmax to the
 # bits of the scalar ones; the rest wants some of the Python tests: seconds, not minutes.
 TESTS = {
-    "driver": "(?!attention|decode|score)",
-    "attention_driver": "attention|decode|score|exp|load|vec",
+    "driver": "(?!attention|decode|score|isa_amx)",
+    "attention_driver": "attention|decode|score|exp|load|vec|isa_amx",
     "gradient_driver": "attention|score|loss|softmax",
     "fuzz.py": "",
-    "test_attention.py": "attention|decode|score",
+    "test_attention.py": "attention|decode|score|isa_amx",
     "test_attention_varlen.py": r"attention\.c",
     "test_attention_memory.py": "attention.inc|decode|score",
     "test_attention_backward.py": r"attention_backward|score",
     "test_special.py": r"softmax|backward\.inc|load",
-    "test_guard_pages.py": "(?!attention|decode|score)",
+    "test_guard_pages.py": "(?!attention|decode|score|isa_amx)",
     "test_exp.py": "exp|vec",
 }
 SECONDS = 900  # of a test: a machine may be busy, so that time alone says little
@@ -183,7 +184,9 @@ class Tree:
                     (*python, "tests/fuzz.py", "--calls", str(FUZZ_CALLS), "--isa", self.isa),
                 )
             else:
-                chosen = f"{self.isa} and not float16 and not float64"
+                chosen = (
+                    "amx" if self.isa == "amx" else f"{self.isa} and not float16 and not float64"
+                )
                 yield test, (*python, "-m", "pytest", "-xqp", "no:cacheprovider", "-k", chosen,
                              f"tests/{test}")  # fmt: skip
 
