@@ -514,7 +514,12 @@ static void begin_block(const fsm_attend *a, const row_view *any, block_state *b
         load_additive(a, any, first, b->n, u->along);
         /* Padding, at either end, is left out. */
         while (b->n && b->additive[b->n - 1] == -INFINITY) b->n--;
-        for (; b->n && b->additive[0] == -INFINITY; b->n--) b->additive++, b->first++;
+        /* In front by whole steps of the products: the order in which keys are added stays. */
+        const ptrdiff_t step = a->products ? FSM_PRODUCT_KEYS : 1;
+        ptrdiff_t padding = 0;
+        while (padding < b->n && b->additive[padding] == -INFINITY) padding++;
+        padding -= padding % step;
+        b->additive += padding, b->first += padding, b->n -= padding;
         for (ptrdiff_t j = 0; j < b->n; j++) b->hides += b->additive[j] == -INFINITY;
     }
     if (a->products) a->products->block(u->products, b->first, b->n);

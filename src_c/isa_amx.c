@@ -105,7 +105,7 @@ static void take_weights(const tiles *t, const float *p, ptrdiff_t j, int v, con
 /* `columns` numbers of a row, and zeros up to `width`. */
 static void take_row(uint16_t *to, ptrdiff_t width, const char *from, ptrdiff_t column,
                      ptrdiff_t columns) {
-    if (column == 2) memcpy(to, from, (size_t)columns * 2);
+    if (column == 2 && columns > 0) memcpy(to, from, (size_t)columns * 2);
     else
         for (ptrdiff_t d = 0; d < columns; d++) memcpy(to + d, from + d * column, 2);
     memset(to + columns, 0, (size_t)(width - columns) * 2);
@@ -114,18 +114,18 @@ static void take_row(uint16_t *to, ptrdiff_t width, const char *from, ptrdiff_t 
 static void take_keys(tiles *t) {
     const fsm_matrix *k = &t->a->k;
     for (ptrdiff_t j = 0; j < up_to_multiple(t->n, SIDE); j++)
-        take_row(t->k + j * t->depth, t->depth, k->at + (t->first + j) * k->row, k->column,
-                 j < t->n ? t->a->depth : 0);
+        take_row(t->k + j * t->depth, t->depth, j < t->n ? k->at + (t->first + j) * k->row : NULL,
+                 k->column, j < t->n ? t->a->depth : 0);
     t->has_k = 1;
 }
 
 /* SIDE columns from d on, each in 32 bits, of row j of the block of values. */
 static inline __m512i value_of(const tiles *t, ptrdiff_t j, ptrdiff_t d) {
     const fsm_matrix *v = &t->a->v;
+    if (j >= t->n) return _mm512_setzero_si512();
     const char *at = v->at + (t->first + j) * v->row + d * v->column;
     const ptrdiff_t left = t->a->v_depth - d, columns = left < SIDE ? left : SIDE;
     uint16_t row[SIDE];
-    if (j >= t->n) return _mm512_setzero_si512();
     if (v->column == 2)
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(f32_first(columns), at));
     take_row(row, SIDE, at, v->column, columns);

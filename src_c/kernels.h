@@ -173,6 +173,7 @@ typedef struct {
 
 enum {
     FSM_ATTEND_KEYS = 64,  /* keys of a block */
+    FSM_PRODUCT_KEYS = 32, /* keys that a step of fsm_products adds up in an order of its own */
     FSM_ATTEND_GROUPS = 4, /* groups of rows that share the reading of a block, at the most */
     FSM_DECODE_KEYS = 128, /* keys of a block where there is one query */
     FSM_DECODE_AHEAD = 32, /* keys between asking for one and reading it */

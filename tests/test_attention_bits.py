@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from common import (
+    BF16,
     F16,
     F32,
     F64,
@@ -707,3 +708,14 @@ def test_slopes_far_away_and_padding_in_front(isa):
         options = {"alibi_slopes": [slope], "q_offset": offset}
         got = fs.attention(q, k, k, mask=mask, **options)
         assert_same_bits(got, fs.attention(q, k, k, mask=written, **options))
+
+
+def test_padding_in_front_for_all_queries_or_for_each(isa):
+    """One row of a mask, or as many as queries: blocks are cut otherwise, with the same bits."""
+    r = rng("padding in front")
+    for padding in (1, 3, 31, 65) * 10:
+        q, k, v = (r.standard_normal((4, n, 64)).astype(BF16) for n in (48, 150, 150))
+        mask = np.arange(150)[None] >= padding
+        assert_same_bits(
+            fs.attention(q, k, v, mask=mask), fs.attention(q, k, v, mask=mask.repeat(48, axis=0))
+        )
