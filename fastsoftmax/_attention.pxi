@@ -338,7 +338,8 @@ def attention(q, k, v, /, *, mask=None, bias=None, is_causal=False, q_offset=0, 
 
     Where :func:`isa` is "amx", bfloat16 is multiplied in its tiles: the products are exact, their
     sums are float32, but the weights of v have 16 bits, which adds ``2**-17 * sum(w * abs(v))`` to
-    the bound, and subnormal numbers count as 0. ``FASTSOFTMAX_ISA=avx512`` is as above, and slower.
+    the bound, and what is below ``2**-126`` counts as 0, as input, product, sum or weight:
+    another ``2**-125 * (K + sum(abs(v)))``. ``FASTSOFTMAX_ISA=avx512`` is as above, and slower.
 
     The bits of a query's result do not depend on threads, batch, heads, strides, or the other
     queries, except that a single query (Q = 1) is calculated in another order: both results are
