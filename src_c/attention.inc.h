@@ -463,11 +463,9 @@ static int group_block(const fsm_attend *a, const score_rule *rule, group_state 
 /* Adds the weighted values to o. Returns whether some that are not finite were left out. */
 static int group_mix(const fsm_attend *a, group_state *g, block_state *b, unit_scratch *u,
                      int partial) {
-    int poisoned = 0;
-    if (a->products) poisoned = a->products->mix(u->products, g->vectors, u->s, g->alpha, g->o);
-    if ((!a->products || poisoned) && !b->v.at)
-        b->v = fetch(&a->v, a->dtype, b->first, b->n, a->v_depth, u->v);
-    if (a->products) return poisoned;
+    if (a->products && !a->products->mix(u->products, g->vectors, u->s, g->alpha, g->o)) return 0;
+    if (!b->v.at) b->v = fetch(&a->v, a->dtype, b->first, b->n, a->v_depth, u->v);
+    if (a->products) return 1;
     if (partial && b->poisoned < 0) {
         b->poisoned = !all_finite(b->v, b->n, a->v_depth);
         if (b->poisoned) b->clean = without_poison(b->v, b->n, a->v_depth, u->clean);

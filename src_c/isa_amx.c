@@ -105,7 +105,7 @@ static void take_weights(const tiles *t, const float *p, ptrdiff_t j, int v, con
 /* `columns` numbers of a row, and zeros up to `width`. */
 static void take_row(uint16_t *to, ptrdiff_t width, const char *from, ptrdiff_t column,
                      ptrdiff_t columns) {
-    if (column == 2 && columns > 0) memcpy(to, from, (size_t)columns * 2);
+    if (column == 2) memcpy(to, from, (size_t)columns * 2);
     else
         for (ptrdiff_t d = 0; d < columns; d++) memcpy(to + d, from + d * column, 2);
     memset(to + columns, 0, (size_t)(width - columns) * 2);
@@ -113,9 +113,10 @@ static void take_row(uint16_t *to, ptrdiff_t width, const char *from, ptrdiff_t 
 
 static void take_keys(tiles *t) {
     const fsm_matrix *k = &t->a->k;
-    for (ptrdiff_t j = 0; j < up_to_multiple(t->n, SIDE); j++)
-        take_row(t->k + j * t->depth, t->depth, j < t->n ? k->at + (t->first + j) * k->row : NULL,
-                 k->column, j < t->n ? t->a->depth : 0);
+    for (ptrdiff_t j = 0; j < t->n; j++)
+        take_row(t->k + j * t->depth, t->depth, k->at + (t->first + j) * k->row, k->column,
+                 t->a->depth);
+    memset(t->k + t->n * t->depth, 0, (size_t)((up_to_multiple(t->n, SIDE) - t->n) * t->depth) * 2);
     t->has_k = 1;
 }
 

@@ -57,7 +57,7 @@ struct fsm_plan {
     dimension row[FSM_MAX_NDIM], axis[FSM_MAX_NDIM];
     ptrdiff_t rows, n;
 
-    int direct, fused, columns, wide, resident, nontemporal, labels, lanes;
+    int direct, fused, columns, wide, resident, from_memory, nontemporal, labels, lanes;
     ptrdiff_t block;          /* fused: rows at a time, if what is added to them differs */
     ptrdiff_t exps, additive; /* and where these begin in the scratch, behind z; elements */
     ptrdiff_t groups;         /* of lanes along the last row dimension */
@@ -203,6 +203,7 @@ static void choose_way(fsm_plan *p, const fsm_problem *problem) {
     p->chunk = p->resident ? p->n : least(p->n, CHUNK_BYTES / p->real_size / p->lanes);
     p->chunks = (p->n - 1) / p->chunk + 1; /* n may be PTRDIFF_MAX, of broadcast bytes */
     p->scratch_elements = up_to_multiple(p->chunk * p->lanes, FSM_LANE_QUANTUM);
+    p->from_memory = bytes_of(p) >= CACHE_LEAST;
     p->nontemporal = (p->direct || p->fused) && !p->wide && !p->labels && fills_the_caches(p);
     if (p->direct && !p->wide && !p->labels) {
         p->scratch_elements = p->dtype[FSM_OUT] == p->compute && !p->nontemporal
@@ -517,12 +518,11 @@ static void end_labels(const fsm_plan *p, unit_place at, const fsm_state *st) {
     static const double zero = 0;
     for (int l = 0; l < at.rows; l++) {
         const ptrdiff_t label = label_of(p, &at, 0);
-        const int gradient = p->pass->map && label >= 0 && !is_special(p, st, l);
-        if (gradient || (!p->pass->map && label < 0))
-            p->kernels->store(
-                at.at[FSM_OUT] + (gradient ? axis_offset(p, FSM_OUT, label) : 0), 0,
-                p->dtype[FSM_OUT],
-                gradient ? (const char *)&st->label + l * p->real_size : (const char *)&zero, 1);
+        if (p->pass->map && label >= 0 && !is_special(p, st, l))
+            p->kernels->store(at.at[FSM_OUT] + axis_offset(p, FSM_OUT, label), 0, p->dtype[FSM_OUT],
+                              (const char *)&st->label + l * p->real_size, 1);
+        else if (!p->pass->map && label < 0)
+            p->kernels->store(at.at[FSM_OUT], 0, p->dtype[FSM_OUT], &zero, 1);
         if (l + 1 < at.rows) advance(p, &at, 1);
     }
 }
@@ -558,7 +558,7 @@ static void direct_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t en
                                .x_dtype = p->dtype[FSM_X],
                                .out_dtype = p->dtype[FSM_OUT],
                                .scratch = scratch_of(p, thread),
-                               .from_memory = bytes_of(p) >= CACHE_LEAST,
+                               .from_memory = p->from_memory,
                                .nontemporal = p->nontemporal};
         p->kernels->rows(p->op, &rows);
     }
@@ -627,7 +627,7 @@ static void fused_rows(void *context, int thread, ptrdiff_t begin, ptrdiff_t end
                                  .x_dtype = p->dtype[FSM_X],
                                  .out_dtype = p->dtype[FSM_OUT],
                                  .scratch = e,
-                                 .from_memory = bytes_of(p) >= CACHE_LEAST,
+                                 .from_memory = p->from_memory,
                                  .nontemporal = p->nontemporal,
                                  .fuse = &fuse};
             const int hiding = p->data[FSM_BIAS] || p->data[FSM_WHERE];

@@ -49,11 +49,13 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     """And of these only in those of bfloat16."""
-    parameters = [getattr(item, "callspec", None) for item in items]
-    parameters = [spec.params if spec else {} for spec in parameters]
-    same = [p.get("isa") == "amx" and p.get("dtype", BF16) != BF16 for p in parameters]
-    config.hook.pytest_deselected(items=[i for i, s in zip(items, same, strict=True) if s])
-    items[:] = [i for i, s in zip(items, same, strict=True) if not s]
+
+    def same(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return parameters.get("isa") == "amx" and parameters.get("dtype", BF16) != BF16
+
+    config.hook.pytest_deselected(items=list(filter(same, items)))
+    items[:] = [item for item in items if not same(item)]
 
 
 @pytest.fixture

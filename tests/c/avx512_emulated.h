@@ -171,20 +171,16 @@ EMULATED __m512d shuffle_f64x2(__m512d a, __m512d b, int order) {
 
 /* a * 2^floor(b), rounded once: Intel SDM vol. 2C, VSCALEFPS; not for infinite b. SIMDe multiplies
  * by 2^b, which may overflow or be subnormal itself, and flushes. */
-EMULATED __m512 scalef_ps(__m512 a, __m512 b) {
-    lanes r = {.ps = a};
-    const lanes by = {.ps = b};
-    for (int i = 0; i < 16; i++)
-        r.f32[i] = by.f32[i] != by.f32[i] ? NAN : ldexpf(r.f32[i], (int)floorf(by.f32[i]));
-    return r.ps;
-}
-EMULATED __m512d scalef_pd(__m512d a, __m512d b) {
-    lanes r = {.pd = a};
-    const lanes by = {.pd = b};
-    for (int i = 0; i < 8; i++)
-        r.f64[i] = by.f64[i] != by.f64[i] ? NAN : ldexp(r.f64[i], (int)floor(by.f64[i]));
-    return r.pd;
-}
+#define SCALEF(PART, VECTOR, LANE, COUNT, LDEXP, FLOOR)                                            \
+    EMULATED VECTOR scalef_##PART(VECTOR a, VECTOR b) {                                            \
+        lanes r = {.PART = a};                                                                     \
+        const lanes by = {.PART = b};                                                              \
+        for (int i = 0; i < COUNT; i++)                                                            \
+            r.LANE[i] = by.LANE[i] != by.LANE[i] ? NAN : LDEXP(r.LANE[i], (int)FLOOR(by.LANE[i])); \
+        return r.PART;                                                                             \
+    }
+SCALEF(ps, __m512, f32, 16, ldexpf, floorf)
+SCALEF(pd, __m512d, f64, 8, ldexp, floor)
 
 /* Halves first, as compilers do it. */
 #define REDUCE(NAME, TYPE, VECTOR, PART, LANE, COUNT, COMBINED) \
